@@ -1,0 +1,20 @@
+"""The one error that users see."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something that the user can mend. The command line prints it as one line and exits with code 2.
+
+    The message names the file, field or value, and says what to do.
+    """
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` where something known is close, else the whole list."""
+    known = sorted(known)
+    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"

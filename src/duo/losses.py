@@ -1,0 +1,68 @@
+"""The objective of Direct Unlearning Optimization (DUO; Park et al. 2024) as pure tensor functions.
+
+DUO reads "the safe twin is preferred to the unsafe image" through Diffusion-DPO (Wallace et al. 2024). With e_θ(x) the
+policy's denoising error on image x, e_φ(x) that of the frozen reference and Δ(x) = e_θ(x) − e_φ(x), it minimises
+
+    L = −log σ(−β·[Δ(safe) − Δ(unsafe)]) + λ·‖f_θ(x_T) − f_φ(x_T)‖²
+
+Errors are means over a row's elements, as in the authors' code (the paper writes sums, so its β is smaller by the
+number of elements). The sign between the two Δ is a minus; equation 4 of the workshop paper prints a plus, with which
+both errors would fall.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preference:
+    """`duo_loss` over n rows, each field a scalar tensor; only `loss` carries a gradient.
+
+    `accuracy` is the share of rows with a positive `margin`, which is Δ(unsafe) − Δ(safe), averaged and without β.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
+    margin: Tensor
+
+
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each row, (n, …) → (n,), in float32 or wider."""
+    wide = torch.promote_types(prediction.dtype, torch.float32)
+    return (prediction.to(wide) - target.to(wide)).square().flatten(1).mean(1)
+
+
+def duo_loss(
+    *,
+    policy_unsafe: Tensor,
+    policy_safe: Tensor,
+    reference_unsafe: Tensor,
+    reference_safe: Tensor,
+    beta: float,
+    positive_penalty: float = 0.0,
+) -> Preference:
+    """The preference term, from denoising errors of shape (n,).
+
+    `positive_penalty` is k of DPO-Positive (Pal et al. 2024): k·max(0, Δ(safe)) is added to the safe side inside the
+    sigmoid, so that the model cannot win by denoising both images worse. At 0 the objective is DUO as published.
+    """
+    safe_rise = policy_safe - reference_safe
+    unsafe_rise = policy_unsafe - reference_unsafe
+    margin = unsafe_rise - safe_rise
+    penalised = margin - positive_penalty * safe_rise.clamp(min=0)
+    detached = margin.detach()
+    return Preference(
+        loss=-F.logsigmoid(beta * penalised).mean(),
+        accuracy=(detached > 0).to(detached.dtype).mean(),
+        margin=detached.mean(),
+    )
+
+
+def prior_loss(policy: Tensor, reference: Tensor) -> Tensor:
+    """Mean squared difference of two predictions on the sampler's starting noise: (n, …) → scalar, at least float32."""
+    return squared_error(policy, reference).mean()

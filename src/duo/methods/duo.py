@@ -1,0 +1,163 @@
+"""Direct Unlearning Optimization (Park et al. 2024, NeurIPS; eqs. 8–11): prefer the safe twin, keep the prior.
+
+Departures from the authors' code, which fine-tunes Stable Diffusion 1.4 and 3:
+
+- β, λ and the learning rate are used as they are given; `published` turns the authors' shorthands into these values.
+- Timesteps may be shared within a pair, as the derivation has it; the code draws them independently.
+- Latents are the posterior's means, encoded once; the code samples them anew at every step.
+- `positive_penalty` adds the safeguard of DPO-Positive (`duo.losses.duo_loss`); 0 is the published objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from duo.conditioning import Conditioning
+from duo.delta import Delta
+from duo.errors import UserError
+from duo.losses import duo_loss, prior_loss, squared_error
+from duo.pairs import Pairs
+from duo.plugins import Family, Run
+from duo.training import Lora, attach_lora, fit
+
+ENCODED_AT_ONCE = 8  # images a pass of the VAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duo:
+    """DUO with the values that the authors use for nudity on Stable Diffusion 1.4.
+
+    `beta` sharpens the preference and `prior_weight` (λ) holds the output on starting noise. `targets` are layer scopes
+    of the family for the LoRA of `rank` and `lora_alpha` (the rank where None). `train_batch_size` counts pairs a step;
+    `timestep_range` are fractions of the schedule, 0 clean.
+    """
+
+    beta: float = 500.0
+    learning_rate: float = 6e-5
+    prior_weight: float = 5e6
+    rank: int = 32
+    lora_alpha: float | None = None
+    max_train_steps: int = 1000
+    train_batch_size: int = 4
+    targets: tuple[str, ...] = ("self_attention",)
+    pair_timesteps: Literal["shared", "independent"] = "independent"
+    timestep_range: tuple[float, float] = (0.0, 0.75)
+    positive_penalty: float = 0.0
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    checkpointing_steps: int = 250
+
+    def __post_init__(self) -> None:
+        for name in ("beta", "learning_rate", "rank", "max_train_steps", "train_batch_size", "checkpointing_steps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} = {getattr(self, name)}: give a number above 0")
+        for name in ("prior_weight", "positive_penalty", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} = {getattr(self, name)}: give 0 or more")
+        if self.pair_timesteps not in ("shared", "independent"):
+            raise UserError(f"pair_timesteps = {self.pair_timesteps!r}: give 'shared' or 'independent'")
+        low, high = self.timestep_range
+        if not 0 <= low < high <= 1:
+            raise UserError(f"timestep_range = {self.timestep_range}: give two fractions, 0 ≤ low < high ≤ 1")
+        if not self.targets:
+            raise UserError("targets is empty: name at least one scope, such as 'self_attention'")
+
+    def erase(self, model: Family, concept: Any, *, pairs: Pairs, run: Run) -> Delta:
+        """Train the LoRA on `pairs`; the concept is what they show, so `concept` itself is not looked at."""
+        if self.train_batch_size > len(pairs):
+            raise UserError(f"train_batch_size = {self.train_batch_size} but there are only {len(pairs)} pairs")
+        unsafe, safe = (_encode(model, side) for side in (pairs.unsafe, pairs.safe))
+        empty = model.text([""]).expand(3 * self.train_batch_size)
+        layers = sorted({name for scope in self.targets for name in model.layers(scope)})
+        alpha = float(self.rank if self.lora_alpha is None else self.lora_alpha)
+        config = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}  # as JSON has it
+        with attach_lora(model.denoiser, layers, rank=self.rank, alpha=alpha, seed=run.seed) as lora:
+            steps = fit(
+                self._objective(model, lora, unsafe=unsafe, safe=safe, empty=empty),
+                lora.parameters,
+                steps=self.max_train_steps,
+                learning_rate=self.learning_rate,
+                weight_decay=self.weight_decay,
+                max_grad_norm=self.max_grad_norm,
+                seed=run.seed,
+                folder=run.folder / "checkpoints",
+                checkpointing_steps=self.checkpointing_steps,
+                record={**config, "pairs": pairs.digest(), "model": model.name, "seed": run.seed},
+            )
+            with run.progress(self.max_train_steps, "duo") as bar:
+                for step in steps:
+                    bar.update(step.step, loss=step.loss, **step.numbers)
+                    run.log(
+                        step=step.step,
+                        loss=step.loss,
+                        grad_norm=step.grad_norm,
+                        learning_rate=step.learning_rate,
+                        **step.numbers,
+                    )
+            tensors = lora.tensors()
+        return Delta(
+            kind="lora",
+            tensors=tensors,
+            record={
+                "model": model.name,
+                "method": "duo",
+                "config": config,
+                "seed": run.seed,
+                "lora": {"rank": self.rank, "alpha": alpha, "target_modules": layers},
+            },
+        )
+
+    def _objective(
+        self, model: Family, lora: Lora, *, unsafe: Tensor, safe: Tensor, empty: Conditioning
+    ) -> Callable[[torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]:
+        """The loss of one random batch, from cached latents (pairs, channels, height, width)."""
+        n, process = self.train_batch_size, model.process
+        low, high = self.timestep_range
+
+        def loss(generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
+            chosen = torch.randperm(len(unsafe), generator=generator)[:n].to(unsafe.device)
+            x0 = torch.cat([unsafe[chosen], safe[chosen]])
+            noise = torch.randn(n, *unsafe.shape[1:], generator=generator).to(unsafe.device)
+            eps = noise.repeat(2, 1, 1, 1)  # one noise for both images of a pair
+            if self.pair_timesteps == "shared":
+                t = process.sample_t(n, low=low, high=high, generator=generator).repeat(2)
+            else:
+                t = process.sample_t(2 * n, low=low, high=high, generator=generator)
+            terminal, last = process.terminal(noise)
+            # Rows: unsafe, safe, prior.
+            x_t, t_all = torch.cat([process.noised(x0, eps, t), terminal]), torch.cat([t, last])
+            with lora.disabled():
+                reference = model.predict(x_t, t_all, empty)
+            policy = model.predict(x_t, t_all, empty)
+            target = process.target(x0, eps, t)
+            policy_unsafe, policy_safe = squared_error(policy[: 2 * n], target).chunk(2)
+            reference_unsafe, reference_safe = squared_error(reference[: 2 * n], target).chunk(2)
+            preference = duo_loss(
+                policy_unsafe=policy_unsafe,
+                policy_safe=policy_safe,
+                reference_unsafe=reference_unsafe,
+                reference_safe=reference_safe,
+                beta=self.beta,
+                positive_penalty=self.positive_penalty,
+            )
+            prior = prior_loss(policy[2 * n :], reference[2 * n :])
+            numbers = {"accuracy": preference.accuracy, "margin": preference.margin, "prior": prior.detach()}
+            return preference.loss + self.prior_weight * prior, numbers
+
+        return loss
+
+
+def published(beta: float, *, base_lr: float = 3e-4, base_lambda: float = 1e6) -> dict[str, float]:
+    """The values that the authors' script uses for its shorthands: lr = base_lr·100/β and λ = base_lambda·β/100."""
+    return {"beta": beta, "learning_rate": base_lr * 100 / beta, "prior_weight": base_lambda * beta / 100}
+
+
+def _encode(model: Family, images: Any) -> Tensor:
+    """Posterior means, (n, channels, height, width), float32."""
+    parts = [images[i : i + ENCODED_AT_ONCE] for i in range(0, len(images), ENCODED_AT_ONCE)]
+    return torch.cat([model.latents(part, generator=None).float() for part in parts])

@@ -1,0 +1,230 @@
+"""The records and protocols that leaves are written to, and how leaves are found. No torch at run time.
+
+A leaf is one file in `families/`, `methods/`, `attacks/`, `judges/` or `metrics/`; its file name is its plugin name and its
+class is the name in CamelCase. Other people's packages add leaves through entry points of the group `duo.<kind>`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import IntEnum
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+from duo.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+    from duo.conditioning import Conditioning
+    from duo.delta import Delta
+    from duo.pairs import Pairs
+
+KINDS = ("families", "methods", "attacks", "judges", "metrics")
+
+
+# --- records ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are sampled. The scheduler is the model folder's own unless `scheduler` names a diffusers class."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    scheduler: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What a judge saw in one image: `label` is "absent", "present" or "corrupted"; `scores` are its raw outputs."""
+
+    label: str
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One try of an attack at bringing the concept back. The harness renders it and the judge decides.
+
+    `tokens` maps placeholder words of `prompt` to learned embeddings of shape (vectors, width).
+    """
+
+    prompt: str
+    negative_prompt: str | None = None
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Access(IntEnum):
+    """What an attacker may touch. Each level includes those below it."""
+
+    QUERY = 0  # prompts in, images out
+    TEXT = 1  # and the text encoder's forward pass
+    GRADIENT = 2  # and every network's gradients, weights held
+    WEIGHTS = 3  # and the weights themselves
+
+
+# --- protocols ------------------------------------------------------------------------------------
+
+
+class Process(Protocol):
+    """The forward process that a denoiser was trained on. `t` is what `Family.predict` takes, shape (n,)."""
+
+    def sample_t(self, n: int, *, low: float, high: float, generator: torch.Generator) -> Tensor:
+        """Draw `n` times uniformly between the fractions `low` (clean, 0) and `high` (pure noise, 1)."""
+
+    def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
+
+    def terminal(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Pure noise as the sampler starts from it, with its time: (x_T, t) of shapes (n, …) and (n,)."""
+
+
+class Family(Protocol):
+    """One kind of model: everything that methods and attacks need of it, and the only code that knows diffusers."""
+
+    pipelines: ClassVar[frozenset[str]]  # diffusers `_class_name`s that it serves
+    name: str  # what the user called the model: "toybox", a folder, a hub id
+    device: torch.device
+    denoiser: nn.Module
+    process: Process
+
+    def text(self, prompts: Sequence[str], *, tokens: Mapping[str, Tensor] | None = None) -> Conditioning:
+        """Encode prompts. Differentiable in `tokens` (placeholder word → embedding (vectors, width))."""
+
+    def latents(self, images: Sequence[Image], *, generator: torch.Generator | None) -> Tensor:
+        """VAE-encode, scaled as the denoiser expects; the posterior's mean where `generator` is None."""
+
+    def predict(self, x_t: Tensor, t: Tensor, text: Conditioning) -> Tensor:
+        """The denoiser's output (ε, v or flow velocity, as `process.target`)."""
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        negative_prompts: Sequence[str] | None = None,
+        tokens: Mapping[str, Tensor] | None = None,
+    ) -> list[Image]:
+        """One image a prompt; image i depends on seeds[i] alone (a CPU generator each)."""
+
+    def edit(
+        self,
+        images: Sequence[Image],
+        prompts: Sequence[str],
+        *,
+        strength: float,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        negative_prompts: Sequence[str] | None = None,
+    ) -> list[Image]:
+        """SDEdit (Meng et al. 2021): noise each image to `strength` of the schedule and denoise it with its prompt."""
+
+    def layers(self, scope: str) -> dict[str, nn.Module]:
+        """The denoiser's Linear and Conv2d modules of one scope, by name: "self_attention", "cross_attention",
+        "attention", "feed_forward", "convolutions", "all"."""
+
+    # What text attacks need (Access.TEXT and above).
+    def token_embeddings(self) -> Tensor:
+        """The text encoder's table, (vocabulary, width), detached."""
+
+    def encode_ids(self, ids: Tensor) -> Tensor:
+        """Last hidden states (n, length, width) of full id rows (n, length), special tokens included."""
+
+    def tokenizer(self) -> Any:
+        """The (first) transformers tokenizer."""
+
+    def save(self, folder: Path) -> None:
+        """Write the whole pipeline in the diffusers folder layout, safetensors only."""
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A frozen keyword-only dataclass: its fields are its configuration, its flags and its manifest."""
+
+    def erase(self, model: Family, concept: Any, *, pairs: Pairs, run: Run) -> Delta: ...
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """A frozen keyword-only dataclass. It yields attempts and never grades itself."""
+
+    access: ClassVar[Access]
+
+    def prepare(self, target: Any, concept: Any, *, run: Run) -> dict[str, Tensor]:
+        """Once per target: learn a token, a concept vector, … The stage saves what is returned and hands it to `search`."""
+
+    def search(
+        self, target: Any, state: Mapping[str, Tensor], prompt: str, *, generator: torch.Generator
+    ) -> Iterator[Attempt]:
+        """Attempts for one prompt, in the order to be tried."""
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Images in, verdicts out. `digest` names the weights that judged."""
+
+    digest: str
+
+    def __call__(self, images: Sequence[Image]) -> list[Verdict]: ...
+
+
+class Metric(Protocol):
+    """Accumulates over batches. `compute` gives one value per image, so that intervals can be made from them."""
+
+    name: ClassVar[str]  # as printed, with the network in it: "1 - toybox-LPIPS"
+    higher_is_better: ClassVar[bool]
+
+    def update(
+        self, *, images: Sequence[Image], references: Sequence[Image] | None, prompts: Sequence[str]
+    ) -> None: ...
+
+    def compute(self) -> Sequence[float]: ...
+
+
+class Run(Protocol):
+    """What a stage lends to a leaf: a folder of its own to keep checkpoints in, a seed, and a way to tell progress."""
+
+    folder: Path
+    seed: int
+    device: torch.device
+
+    def progress(self, total: int, label: str) -> AbstractContextManager[Any]:
+        """A bar with `.update(step, **numbers)`; plain lines where there is no terminal."""
+
+    def log(self, **numbers: float | int | str) -> None:
+        """One row of the stage's `log.jsonl`."""
+
+
+# --- discovery ------------------------------------------------------------------------------------
+
+
+def names(kind: str) -> list[str]:
+    """The leaves of a kind, by listing its folder and the entry points; nothing is imported."""
+    if kind not in KINDS:
+        raise ValueError(f"no such kind of plugin: {kind}")
+    folder = Path(__file__).parent / kind
+    own = {module.name for module in pkgutil.iter_modules([str(folder)]) if not module.name.startswith("_")}
+    return sorted(own | {point.name for point in entry_points(group=f"duo.{kind}")})
+
+
+def load(kind: str, name: str) -> type:
+    """Import the leaf `name` of `kind` and return its class."""
+    if name not in names(kind):
+        singular = {"families": "family"}.get(kind, kind.removesuffix("s"))
+        raise UserError(f"no {singular} is called {name!r}{did_you_mean(name, names(kind))}")
+    for point in entry_points(group=f"duo.{kind}"):
+        if point.name == name:
+            return point.load()  # type: ignore[no-any-return]
+    module = importlib.import_module(f"duo.{kind}.{name}")
+    return getattr(module, "".join(part.capitalize() for part in name.split("_")))  # type: ignore[no-any-return]

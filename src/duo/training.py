@@ -1,0 +1,192 @@
+"""Fine-tuning a denoiser: a LoRA (Hu et al. 2022) for the length of a context, and a loop that yields its steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from duo.checkpoint import load_training_state, save_training_state
+from duo.errors import UserError
+
+ADAPTER = "default"
+CHECKPOINTS_KEPT = 2
+
+
+class Lora:
+    """A LoRA that `attach_lora` has put into a denoiser. Parameters are float32 whatever the denoiser is."""
+
+    def __init__(self, layers: Mapping[str, Any], *, rank: int, alpha: float) -> None:
+        self.rank, self.alpha = rank, alpha
+        self._layers = dict(layers)
+        # A module of its own, so that a checkpoint holds the adapter and not the frozen denoiser.
+        self.parameters = nn.ParameterList(
+            part[ADAPTER].weight for layer in self._layers.values() for part in (layer.lora_A, layer.lora_B)
+        )
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the context the denoiser is the frozen reference, and nothing is recorded for gradients."""
+        try:
+            for layer in self._layers.values():
+                layer.enable_adapters(False)
+            with torch.no_grad():
+                yield
+        finally:
+            for layer in self._layers.values():
+                layer.enable_adapters(True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies as `Delta` wants them, on the CPU: the scale alpha/rank multiplied into B."""
+        found: dict[str, Tensor] = {}
+        for name, layer in self._layers.items():
+            down, up = (part[ADAPTER].weight.detach().cpu() for part in (layer.lora_A, layer.lora_B))
+            found[f"{name}.lora_A.weight"] = down.clone()
+            found[f"{name}.lora_B.weight"] = up * (self.alpha / self.rank)
+        return found
+
+
+@contextmanager
+def attach_lora(denoiser: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, seed: int) -> Iterator[Lora]:
+    """Put a peft LoRA on the modules named `targets`, and take it off again at the end.
+
+    A is drawn from N(0, 1/rank²) by a generator of `seed` alone and B is zero ("gaussian" in peft), so that the model
+    starts as the reference.
+    """
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
+    devices = {parameter.device for parameter in denoiser.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices):  # peft draws from the global generators; what it draws is replaced below
+        inject_adapter_in_model(config, denoiser, adapter_name=ADAPTER)
+    layers = {name: module for name, module in denoiser.named_modules() if isinstance(module, LoraLayer)}
+    try:
+        if set(layers) != set(targets):
+            raise ValueError(f"peft adapted other layers than asked for: {sorted(set(layers) ^ set(targets))}")
+        generator = torch.Generator().manual_seed(seed)
+        for name in sorted(layers):
+            down = layers[name].lora_A[ADAPTER].weight.data
+            down.copy_(torch.randn(down.shape, generator=generator) / rank)
+        yield Lora(layers, rank=rank, alpha=alpha)
+    finally:
+        for name, layer in layers.items():
+            denoiser.set_submodule(name, layer.get_base_layer())
+        del denoiser.peft_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """Optimisation step `step` of `total`, from 1. `grad_norm` is before clipping; `numbers` are what the loss told."""
+
+    step: int
+    total: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+def fit(
+    loss: Callable[[torch.Generator], tuple[Tensor, Mapping[str, Tensor]]],
+    parameters: nn.ParameterList,
+    *,
+    steps: int,
+    learning_rate: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    seed: int,
+    folder: Path,
+    checkpointing_steps: int,
+    record: Mapping[str, Any],
+) -> Iterator[Step]:
+    """Minimise `loss` with AdamW (β 0.9 and 0.999) at a constant rate, and yield each step after it is taken.
+
+    `loss` draws all its randomness from the CPU generator that it is given, and returns the scalar and further scalars
+    to tell. Every `checkpointing_steps`, and at the end, the state goes to `folder`; the last two are kept and a run
+    starts from the newest. `record` (JSON values) is kept with it: a run with another one is refused. A loss or
+    gradient that is not finite stops the run before it touches the parameters.
+    """
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    generator = torch.Generator().manual_seed(seed)
+    start = _resume(folder, parameters, optimizer, generator, record)
+    for step in range(start + 1, steps + 1):
+        optimizer.zero_grad(set_to_none=True)
+        value, told = loss(generator)
+        torch.autograd.backward(value)
+        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        # All numbers come over in one transfer, the only wait for the device in a step.
+        scalars = [value.detach(), norm, *told.values()]
+        loss_value, grad_norm, *rest = torch.stack([scalar.float() for scalar in scalars]).tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
+            raise UserError(
+                f"step {step}: loss {loss_value}, gradient norm {grad_norm}; lower learning_rate "
+                f"(now {learning_rate:g}); the last good checkpoint is in {folder}"
+            )
+        optimizer.step()
+        if step % checkpointing_steps == 0 or step == steps:
+            _save(folder, step, parameters, optimizer, generator, record)
+        yield Step(
+            step=step,
+            total=steps,
+            loss=loss_value,
+            grad_norm=grad_norm,
+            learning_rate=learning_rate,
+            numbers=dict(zip(told, rest, strict=True)),
+        )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Oldest first: the names hold the step with leading zeros."""
+    return sorted(folder.glob("checkpoint-*.safetensors"))
+
+
+def _save(
+    folder: Path,
+    step: int,
+    parameters: nn.ParameterList,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    record: Mapping[str, Any],
+) -> None:
+    save_training_state(
+        folder / f"checkpoint-{step:07d}.safetensors",
+        step=step,
+        modules={"adapter": parameters},
+        optimizer=optimizer,
+        generator=generator,
+        record={"run": record},
+    )
+    for old in _checkpoints(folder)[:-CHECKPOINTS_KEPT]:
+        old.unlink()
+
+
+def _resume(
+    folder: Path,
+    parameters: nn.ParameterList,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    record: Mapping[str, Any],
+) -> int:
+    """Load the newest checkpoint, if there is one, and return its step."""
+    found = _checkpoints(folder)
+    if not found:
+        return 0
+    newest = found[-1]
+    try:
+        step, kept = load_training_state(
+            newest, modules={"adapter": parameters}, optimizer=optimizer, generator=generator
+        )
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise UserError(f"{newest} cannot be resumed from ({error}); delete it to go on from the one before") from error
+    before: Any = kept["run"]
+    if before != dict(record):
+        changed = sorted(key for key in {*before, *record} if before.get(key) != record.get(key))
+        raise UserError(f"{newest} was made with another {', '.join(changed)}; name a new --out or undo the change")
+    return step

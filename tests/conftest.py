@@ -1,0 +1,122 @@
+"""A tiny model of the real classes, with random weights: everything that the large ones do, in milliseconds."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for the network
+
+import pytest
+
+WORDS = "a an red blue house car on fire burning the beach photo of with and boat intact"
+
+
+def _write_vocabulary(folder: Path) -> None:
+    """A byte-level BPE over a few captions, in CLIP's two files."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=2 * len(letters) + 30,
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([WORDS] * 8, trainer)
+    tokenizer.model.save(str(folder))
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    for letter in letters:  # every byte may also end a word
+        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+
+
+@pytest.fixture(scope="session")
+def make_tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], object]:
+    """A function that builds the same tiny `StableDiffusionPipeline` anew: 64×64 images, 16×16×4 latents."""
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("vocabulary")
+    _write_vocabulary(folder)
+
+    def make() -> StableDiffusionPipeline:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=24)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            unet = UNet2DConditionModel(
+                sample_size=16,
+                in_channels=4,
+                out_channels=4,
+                down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+                block_out_channels=(16, 32),
+                layers_per_block=1,
+                norm_num_groups=8,
+                attention_head_dim=2,
+                cross_attention_dim=32,
+            )
+            vae = AutoencoderKL(
+                down_block_types=("DownEncoderBlock2D",) * 3,
+                up_block_types=("UpDecoderBlock2D",) * 3,
+                block_out_channels=(8, 8, 16),
+                layers_per_block=1,
+                latent_channels=4,
+                norm_num_groups=4,
+                sample_size=64,
+            )
+            text_encoder = CLIPTextModel(
+                CLIPTextConfig(
+                    vocab_size=len(tokenizer),
+                    hidden_size=32,
+                    intermediate_size=64,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    max_position_embeddings=24,
+                    bos_token_id=tokenizer.bos_token_id,
+                    eos_token_id=tokenizer.eos_token_id,
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            )
+            # The initial embeddings are so small that prompts would hardly differ.
+            torch.nn.init.normal_(text_encoder.get_input_embeddings().weight)
+        pipeline = StableDiffusionPipeline(
+            unet=unet,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            scheduler=PNDMScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+            ),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(make_tiny_pipeline: Callable[[], object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline as a diffusers folder. Read only."""
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    make_tiny_pipeline().save_pretrained(folder)  # type: ignore[attr-defined]
+    return folder
+
+
+@pytest.fixture
+def tiny_sd(make_tiny_pipeline: Callable[[], object]) -> object:
+    """A fresh tiny model as family `Sd`, named "tiny"."""
+    from duo.families.sd import Sd
+
+    return Sd(make_tiny_pipeline(), name="tiny")  # type: ignore[arg-type]

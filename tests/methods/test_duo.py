@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from duo.delta import Delta
+from duo.errors import UserError
+from duo.losses import squared_error
+from duo.methods.duo import Duo, published
+from duo.pairs import Pairs
+
+
+@dataclass
+class RecordingRun:
+    """A `Run` that keeps what it is told and can be stopped after a step."""
+
+    folder: Path
+    seed: int = 5
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    stop_after: int | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    shown: list[int] = field(default_factory=list)
+
+    @contextmanager
+    def progress(self, total: int, label: str) -> Iterator[RecordingRun]:
+        yield self
+
+    def update(self, step: int, **numbers: float) -> None:
+        assert {"loss", "accuracy", "margin", "prior"} <= numbers.keys()
+        self.shown.append(step)
+
+    def log(self, **numbers: Any) -> None:
+        self.rows.append(numbers)
+        if numbers["step"] == self.stop_after:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def pairs() -> Pairs:
+    safe = [Image.new("RGB", (64, 64), (40 * index, 90, 200 - 40 * index)) for index in range(4)]
+    unsafe = [image.copy() for image in safe]
+    for image in unsafe:
+        ImageDraw.Draw(image).ellipse((16, 16, 48, 48), fill=(255, 120, 0))
+    return Pairs(names=[f"{index:04d}.png" for index in range(4)], unsafe=unsafe, safe=safe)
+
+
+QUICK = Duo(
+    beta=100.0,
+    learning_rate=3e-3,
+    prior_weight=1.0,
+    rank=4,
+    max_train_steps=12,
+    train_batch_size=2,
+    checkpointing_steps=5,
+    pair_timesteps="shared",
+)
+
+
+def erase(method: Duo, model: Any, pairs: Pairs, run: RecordingRun) -> Delta:
+    return method.erase(model, None, pairs=pairs, run=run)
+
+
+def same(one: Delta, other: Delta) -> bool:
+    return one.tensors.keys() == other.tensors.keys() and all(
+        torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors
+    )
+
+
+def test_training_prefers_the_safe_twin(tiny_sd, pairs: Pairs, tmp_path: Path) -> None:
+    run = RecordingRun(tmp_path)
+    method = replace(QUICK, beta=1000.0, targets=("attention", "convolutions"), max_train_steps=30)
+    delta = erase(method, tiny_sd, pairs, run)
+    assert run.rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the policy starts as the reference
+    assert run.rows[0]["prior"] == run.rows[0]["margin"] == 0
+    late = run.rows[-8:]
+    assert sum(row["loss"] for row in late) / 8 < 0.6
+    assert sum(row["accuracy"] for row in late) / 8 > 0.8
+    assert run.shown == list(range(1, 31))
+    assert run.rows[0]["learning_rate"] == 3e-3
+
+    # On a fresh draw the error on unsafe images rises more than that on safe ones.
+    eps = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(9))
+    t, text = torch.full((4,), 300), tiny_sd.text([""]).expand(4)
+    rises = []
+    for images in (pairs.unsafe, pairs.safe):
+        x_t = tiny_sd.process.noised(tiny_sd.latents(images, generator=None), eps, t)
+        with torch.no_grad():
+            before = squared_error(tiny_sd.predict(x_t, t, text), eps)
+            with delta.attached(tiny_sd):
+                rises.append((squared_error(tiny_sd.predict(x_t, t, text), eps) - before).mean().item())
+    assert rises[0] > rises[1]
+
+
+def test_the_prior_term_holds_the_starting_noise(tiny_sd, pairs: Pairs, tmp_path: Path) -> None:
+    drift = []
+    for weight in (0.0, 1e6):
+        run = RecordingRun(tmp_path / str(weight))
+        erase(replace(QUICK, prior_weight=weight, max_train_steps=20), tiny_sd, pairs, run)
+        drift.append(run.rows[-1]["prior"])
+    assert drift[1] < 0.2 * drift[0]
+
+
+def test_only_the_targeted_layers_change(tiny_sd, pairs: Pairs, tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny_sd.denoiser.state_dict().items()}
+    delta = erase(replace(QUICK, targets=("self_attention", "convolutions")), tiny_sd, pairs, RecordingRun(tmp_path))
+    after = tiny_sd.denoiser.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    expected = {f"{name}.weight" for scope in ("self_attention", "convolutions") for name in tiny_sd.layers(scope)}
+    with delta.attached(tiny_sd):
+        changed = {name for name, now in tiny_sd.denoiser.state_dict().items() if not torch.equal(before[name], now)}
+    assert changed == expected
+    assert delta.record["lora"]["target_modules"] == sorted(name.removesuffix(".weight") for name in expected)
+    assert delta.record["model"] == "tiny"
+    assert delta.record["config"]["beta"] == 100.0
+
+
+@pytest.mark.parametrize("pair_timesteps", ["shared", "independent"])
+def test_the_same_seed_gives_the_same_delta(tiny_sd, pairs: Pairs, tmp_path: Path, pair_timesteps: Any) -> None:
+    method = replace(QUICK, pair_timesteps=pair_timesteps, max_train_steps=3)
+    one = erase(method, tiny_sd, pairs, RecordingRun(tmp_path / "one"))
+    torch.manual_seed(1)
+    two = erase(method, tiny_sd, pairs, RecordingRun(tmp_path / "two"))
+    other = erase(method, tiny_sd, pairs, RecordingRun(tmp_path / "other", seed=6))
+    assert same(one, two)
+    assert not same(one, other)
+
+
+def test_a_resumed_erasure_ends_with_the_same_file(tiny_sd, pairs: Pairs, tmp_path: Path) -> None:
+    whole = erase(QUICK, tiny_sd, pairs, RecordingRun(tmp_path / "whole"))
+    modules = dict(tiny_sd.denoiser.named_modules())
+    with pytest.raises(KeyboardInterrupt):
+        erase(QUICK, tiny_sd, pairs, RecordingRun(tmp_path / "stopped", stop_after=7))
+    assert dict(tiny_sd.denoiser.named_modules()) == modules
+    run = RecordingRun(tmp_path / "stopped")
+    resumed = erase(QUICK, tiny_sd, pairs, run)
+    assert run.rows[0]["step"] == 6
+    for name, delta in (("whole", whole), ("stopped", resumed)):
+        delta.save(tmp_path / name / "delta.safetensors")
+    assert (tmp_path / "whole/delta.safetensors").read_bytes() == (tmp_path / "stopped/delta.safetensors").read_bytes()
+
+
+def test_pair_timesteps_decide_the_noise_levels(tiny_sd, pairs: Pairs, tmp_path: Path, monkeypatch: Any) -> None:
+    seen: list[torch.Tensor] = []
+    predict = type(tiny_sd).predict
+    monkeypatch.setattr(
+        type(tiny_sd), "predict", lambda self, x_t, t, text: (seen.append(t), predict(self, x_t, t, text))[1]
+    )
+    for rule in ("shared", "independent"):
+        seen.clear()
+        erase(replace(QUICK, pair_timesteps=rule, max_train_steps=3), tiny_sd, pairs, RecordingRun(tmp_path / rule))
+        assert all(t[4:].tolist() == [999, 999] for t in seen)
+        assert all(t[:4].max() < 750 for t in seen)
+        assert all(torch.equal(t[:2], t[2:4]) for t in seen) == (rule == "shared")
+
+
+def test_published_shorthands() -> None:
+    assert published(500) == pytest.approx({"beta": 500, "learning_rate": 6e-5, "prior_weight": 5e6})
+    assert published(1000) == pytest.approx({"beta": 1000, "learning_rate": 3e-5, "prior_weight": 1e7})
+    defaults = Duo()
+    assert published(defaults.beta) == pytest.approx(
+        {"beta": 500, "learning_rate": defaults.learning_rate, "prior_weight": defaults.prior_weight}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 0.0}, "beta = 0"),
+        ({"learning_rate": float("nan")}, "learning_rate = nan"),
+        ({"prior_weight": -1.0}, "prior_weight"),
+        ({"pair_timesteps": "both"}, "pair_timesteps"),
+        ({"timestep_range": (0.75, 0.0)}, "timestep_range"),
+        ({"targets": ()}, "targets"),
+    ],
+)
+def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Duo(**changes)
+
+
+def test_what_does_not_fit_the_pairs_or_the_model(tiny_sd, pairs: Pairs, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="only 4 pairs"):
+        erase(replace(QUICK, train_batch_size=5), tiny_sd, pairs, RecordingRun(tmp_path))
+    with pytest.raises(UserError, match="did you mean 'self_attention'"):
+        erase(replace(QUICK, targets=("self-attention",)), tiny_sd, pairs, RecordingRun(tmp_path))

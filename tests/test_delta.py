@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from duo.delta import Delta
+from duo.errors import UserError
+from duo.plugins import Sampling
+from duo.training import attach_lora
+
+PROMPTS, SEEDS, SHORT = ["a red house", "a boat"], [1, 2], Sampling(num_inference_steps=3, guidance_scale=3.0)
+
+
+def images(model) -> np.ndarray:
+    drawn = model.generate(PROMPTS, seeds=SEEDS, sampling=SHORT)
+    return np.stack([np.asarray(image, dtype=np.int16) for image in drawn])
+
+
+def outputs(model) -> torch.Tensor:
+    x_t = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model.predict(x_t, torch.tensor([10, 700]), model.text(PROMPTS))
+
+
+def random_lora(model, scopes: tuple[str, ...] = ("attention", "convolutions", "feed_forward")):
+    """A delta with alpha ≠ rank, and the outputs of the model with the peft adapter that it was taken from."""
+    layers = [name for scope in scopes for name in model.layers(scope)]
+    with attach_lora(model.denoiser, layers, rank=3, alpha=6.0, seed=0) as lora:
+        generator = torch.Generator().manual_seed(1)
+        for parameter in lora.parameters:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+        adapted = outputs(model)
+        tensors = lora.tensors()
+    return Delta(kind="lora", tensors=tensors, record={"model": "tiny", "lora": {"rank": 3, "alpha": 6.0}}), adapted
+
+
+def test_attached_merged_and_trained_adapters_agree(tiny_sd) -> None:
+    before, keys = outputs(tiny_sd), list(tiny_sd.denoiser.state_dict())
+    delta, adapted = random_lora(tiny_sd)
+    with delta.attached(tiny_sd):
+        attached = outputs(tiny_sd)
+    assert (adapted - before).abs().max() > 1e-2
+    torch.testing.assert_close(attached, adapted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(outputs(tiny_sd), before)
+    delta.merge(tiny_sd)
+    assert torch.equal(outputs(tiny_sd), attached)
+    assert list(tiny_sd.denoiser.state_dict()) == keys
+
+
+def test_after_the_context_the_weights_are_the_same_tensors(tiny_sd) -> None:
+    delta, _ = random_lora(tiny_sd, ("self_attention",))
+    before = {name: tensor.data_ptr() for name, tensor in tiny_sd.denoiser.state_dict().items()}
+    with pytest.raises(RuntimeError, match="within"), delta.attached(tiny_sd):
+        raise RuntimeError("within")
+    assert {name: tensor.data_ptr() for name, tensor in tiny_sd.denoiser.state_dict().items()} == before
+
+
+def test_weights_of_a_delta_add_up(tiny_sd) -> None:
+    delta, _ = random_lora(tiny_sd, ("attention",))
+    before = outputs(tiny_sd)
+    with delta.attached(tiny_sd):
+        once = outputs(tiny_sd)
+    with delta.attached(tiny_sd, weight=0.25), delta.attached(tiny_sd, weight=0.75):
+        torch.testing.assert_close(outputs(tiny_sd), once, atol=1e-5, rtol=1e-5)
+    with delta.attached(tiny_sd), delta.attached(tiny_sd, weight=-1.0):
+        torch.testing.assert_close(outputs(tiny_sd), before, atol=1e-5, rtol=1e-5)
+
+
+def test_diffusers_loads_the_file_and_draws_the_same_images(tiny_sd, make_tiny_pipeline, tmp_path: Path) -> None:
+    delta, _ = random_lora(tiny_sd)
+    delta.save(tmp_path / "delta.safetensors")
+    pipeline = make_tiny_pipeline()
+    plain = images(tiny_sd)
+    pipeline.load_lora_weights(tmp_path, weight_name="delta.safetensors")
+    theirs = pipeline(
+        PROMPTS,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        num_inference_steps=3,
+        guidance_scale=3.0,
+    ).images
+    with delta.attached(tiny_sd):
+        ours = images(tiny_sd)
+    assert np.abs(ours - np.stack([np.asarray(image, dtype=np.int16) for image in theirs])).max() <= 1
+    assert np.abs(ours - plain).max() > 1
+
+
+def test_a_saved_delta_comes_back(tiny_sd, tmp_path: Path) -> None:
+    delta, _ = random_lora(tiny_sd, ("self_attention",))
+    path = tmp_path / "delta.safetensors"
+    delta.save(path)
+    loaded = Delta.load(path)
+    assert (loaded.kind, loaded.record) == (delta.kind, delta.record)
+    assert loaded.tensors.keys() == delta.tensors.keys()
+    assert all(torch.equal(loaded.tensors[name], delta.tensors[name]) for name in delta.tensors)
+    first = path.read_bytes()
+    loaded.save(path)
+    assert path.read_bytes() == first
+
+
+def test_a_delta_for_another_model_is_refused_before_anything_changes(tiny_sd) -> None:
+    delta, _ = random_lora(tiny_sd, ("self_attention",))
+    before = outputs(tiny_sd)
+    stranger = Delta(
+        kind="lora",
+        tensors=dict(delta.tensors) | {"zzz.lora_A.weight": torch.ones(1, 4), "zzz.lora_B.weight": torch.ones(4, 1)},
+        record=delta.record,
+    )
+    with pytest.raises(UserError, match="does not fit model 'tiny' at layer zzz"):
+        stranger.merge(tiny_sd)
+    name = next(iter(tiny_sd.layers("self_attention")))
+    narrow = Delta(
+        kind="lora",
+        tensors={f"{name}.lora_A.weight": torch.ones(1, 4), f"{name}.lora_B.weight": torch.ones(4, 1)},
+        record={},
+    )
+    with pytest.raises(UserError, match="does not fit"), narrow.attached(tiny_sd):
+        pass
+    assert torch.equal(outputs(tiny_sd), before)
+
+
+def test_a_file_that_is_no_delta(tmp_path: Path) -> None:
+    path = tmp_path / "delta.safetensors"
+    with pytest.raises(UserError, match="cannot be read"):
+        Delta.load(path)
+    path.write_bytes(b"no weights")
+    with pytest.raises(UserError, match="cannot be read"):
+        Delta.load(path)
+    Delta(kind="riddle", tensors={"a": torch.ones(1)}, record={}).save(path)
+    with pytest.raises(UserError, match="not a delta"):
+        Delta.load(path)

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from duo.losses import Preference, duo_loss, prior_loss, squared_error
+
+errors = st.lists(st.tuples(*[st.floats(0, 4)] * 4), min_size=1, max_size=5)
+
+
+def loss_of(rows: list[tuple[float, ...]], **options: float) -> Preference:
+    unsafe, safe, reference_unsafe, reference_safe = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    return duo_loss(
+        policy_unsafe=unsafe,
+        policy_safe=safe,
+        reference_unsafe=reference_unsafe,
+        reference_safe=reference_safe,
+        beta=options.get("beta", 3.0),
+        positive_penalty=options.get("positive_penalty", 0.0),
+    )
+
+
+def test_squared_error_is_the_mean_over_all_but_the_first_axis() -> None:
+    prediction = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 2.0]]])
+    assert squared_error(prediction, torch.zeros(2, 2, 2)).tolist() == [7.5, 1.0]
+
+
+def test_half_precision_is_summed_in_single() -> None:
+    prediction = torch.full((1, 4096), 300.0, dtype=torch.float16)  # 300² overflows float16
+    assert squared_error(prediction, torch.zeros_like(prediction)).tolist() == [90000.0]
+
+
+def test_hand_worked_values() -> None:
+    # Unsafe error 1.0 → 1.5 (rise 0.5), safe 1.0 → 0.8 (rise −0.2): margin 0.7, β 2: −log σ(1.4).
+    told = loss_of([(1.5, 0.8, 1.0, 1.0)], beta=2.0)
+    assert told.loss.item() == pytest.approx(math.log(1 + math.exp(-1.4)))
+    assert told.margin.item() == pytest.approx(0.7)
+    assert told.accuracy.item() == 1.0
+    # Both rise by 0.5 and 0.25: margin 0.25; the penalty k = 3 takes 0.75 off, so −log σ(2·(−0.5)).
+    told = loss_of([(1.5, 1.25, 1.0, 1.0)], beta=2.0, positive_penalty=3.0)
+    assert told.loss.item() == pytest.approx(math.log(1 + math.exp(1.0)))
+    assert told.margin.item() == pytest.approx(0.25)
+    # A safe error that falls is not penalised.
+    assert (
+        loss_of([(1.5, 0.8, 1.0, 1.0)], beta=2.0, positive_penalty=3.0).loss
+        == loss_of([(1.5, 0.8, 1.0, 1.0)], beta=2.0).loss
+    )
+    # Accuracy counts rows.
+    assert loss_of([(1.5, 1, 1, 1), (0.5, 1, 1, 1), (2.0, 1, 1, 1), (1, 1, 1, 1)]).accuracy.item() == 0.5
+
+
+@given(rows=errors, beta=st.floats(0.1, 20), k=st.floats(0, 10))
+def test_equals_a_reference_written_from_the_probabilities(
+    rows: list[tuple[float, ...]], beta: float, k: float
+) -> None:
+    """Bradley–Terry: p(safe beats unsafe) = e^r⁺ / (e^r⁺ + e^r⁻), with implicit rewards r = −β·(error's rise)."""
+    total = 0.0
+    for unsafe, safe, reference_unsafe, reference_safe in rows:
+        reward_safe = -beta * ((safe - reference_safe) + k * max(0.0, safe - reference_safe))
+        reward_unsafe = -beta * (unsafe - reference_unsafe)
+        top = max(reward_safe, reward_unsafe)
+        log_sum = top + math.log(math.exp(reward_safe - top) + math.exp(reward_unsafe - top))
+        total += log_sum - reward_safe
+    expected = total / len(rows)
+    assert loss_of(rows, beta=beta, positive_penalty=k).loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+@given(rows=errors, beta=st.floats(0.1, 20))
+def test_a_policy_that_is_the_reference_costs_log_two(rows: list[tuple[float, ...]], beta: float) -> None:
+    same = [(unsafe, safe, unsafe, safe) for unsafe, safe, _, _ in rows]
+    told = loss_of(same, beta=beta, positive_penalty=5.0)
+    assert told.loss.item() == pytest.approx(math.log(2))
+    assert told.accuracy.item() == told.margin.item() == 0
+
+
+@given(row=st.tuples(*[st.floats(0, 2)] * 4))
+def test_swapping_the_pair_negates_the_argument(row: tuple[float, ...]) -> None:
+    unsafe, safe, reference_unsafe, reference_safe = row
+    forward = loss_of([row], beta=1.0)
+    swapped = loss_of([(safe, unsafe, reference_safe, reference_unsafe)], beta=1.0)
+    assert swapped.margin.item() == -forward.margin.item()
+    # σ(x) + σ(−x) = 1
+    assert math.exp(-forward.loss.item()) + math.exp(-swapped.loss.item()) == pytest.approx(1)
+
+
+def test_descent_raises_the_unsafe_error_and_lowers_the_safe_one() -> None:
+    unsafe, safe, one = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True), torch.ones(2)
+    duo_loss(policy_unsafe=unsafe, policy_safe=safe, reference_unsafe=one, reference_safe=one, beta=2.0).loss.backward()
+    assert unsafe.grad is not None
+    assert safe.grad is not None
+    assert unsafe.grad.tolist() == [-0.5, -0.5]  # −β·σ(0)/n
+    assert safe.grad.tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("k", [0.0, 4.0])
+def test_gradients_against_finite_differences(k: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.rand(3, 2, 2, dtype=torch.float64, generator=generator) for _ in range(6)]
+    policy = [draw.requires_grad_() for draw in draws[:3]]
+
+    def loss(unsafe: Tensor, safe: Tensor, prior: Tensor) -> Tensor:
+        told = duo_loss(
+            policy_unsafe=squared_error(unsafe, torch.zeros_like(unsafe)),
+            policy_safe=squared_error(safe, torch.zeros_like(safe)),
+            reference_unsafe=squared_error(draws[3], torch.zeros_like(unsafe)),
+            reference_safe=squared_error(draws[4], torch.zeros_like(safe)),
+            beta=2.0,
+            positive_penalty=k,
+        )
+        return told.loss + 3.0 * prior_loss(prior, draws[5])
+
+    assert torch.autograd.gradcheck(loss, policy)
+
+
+def test_large_arguments_stay_finite() -> None:
+    assert loss_of([(0.0, 4.0, 4.0, 0.0)], beta=5000.0).loss.item() == pytest.approx(40000.0)
+    assert loss_of([(4.0, 0.0, 0.0, 4.0)], beta=5000.0).loss.item() == 0.0
+
+
+def test_prior_loss_is_a_mean_over_everything() -> None:
+    assert prior_loss(torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.zeros(2, 2)).item() == 2.5

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from duo.errors import UserError
+from duo.models import load_family
+
+
+def test_a_folder_is_loaded_by_its_pipeline_class(tiny_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = load_family(str(tiny_folder), device="cpu")
+    assert type(model).__name__ == "Sd"
+    assert model.name == str(tiny_folder)
+    assert next(model.denoiser.parameters()).dtype == torch.float32
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert "it/s" not in shown.err
+
+
+def test_pickled_weights_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_folder, folder)
+    unet = folder / "unet"
+    (unet / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({}, unet / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"unet holds no \.safetensors weights"):
+        load_family(str(folder), device="cpu")
+
+
+def test_damaged_weights_are_one_line(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        load_family(str(folder), device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_that_no_family_serves(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    with pytest.raises(UserError, match=r"is a KandinskyPipeline; supported are .*StableDiffusionPipeline"):
+        load_family(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_broken_index(tmp_path: Path, content: str) -> None:
+    (tmp_path / "model_index.json").write_text(content)
+    with pytest.raises(UserError, match="model_index"):
+        load_family(str(tmp_path), device="cpu")
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not a diffusers model: it has no model_index\.json"):
+        load_family(str(tmp_path), device="cpu")
+
+
+def test_names_that_lead_nowhere() -> None:
+    with pytest.raises(UserError, match="did you mean 'toybox'"):
+        load_family("toybocks", device="cpu")
+    with pytest.raises(UserError, match="neither a folder nor a model") as caught:
+        load_family("nobody/nothing-here", device="cpu")
+    assert "\n" not in str(caught.value)
