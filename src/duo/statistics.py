@@ -1,0 +1,129 @@
+"""Confidence intervals for rates and means. Every random interval is fixed by its `seed`."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from statistics import NormalDist
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_BLOCK = 1_000_000  # drawn indices held at once
+
+Floats = NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """The ends of a two-sided confidence interval."""
+
+    low: float
+    high: float
+
+
+def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
+    """Score interval for a rate of `successes` in `n` independent trials (Wilson 1927).
+
+    Not degenerate at 0 or n successes, unlike the textbook interval (Newcombe 1998). Raises ValueError for n < 1.
+
+    >>> low, high = wilson(81, 263)
+    >>> round(low, 4), round(high, 4)
+    (0.2553, 0.3662)
+    """
+    _check_confidence(confidence)
+    if n < 1:
+        raise ValueError("a rate needs at least one trial")
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes in {n} trials")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    rate = successes / n
+    centre = rate + z**2 / (2 * n)
+    margin = z * (rate * (1 - rate) / n + z**2 / (4 * n**2)) ** 0.5
+    scale = 1 + z**2 / n
+    # At the ends one limit is the rate itself; rounding must not move it out of [0, 1].
+    low = 0.0 if successes == 0 else (centre - margin) / scale
+    high = 1.0 if successes == n else (centre + margin) / scale
+    return Interval(low, high)
+
+
+def bootstrap_mean(
+    values: Sequence[float], *, seed: int, confidence: float = 0.95, resamples: int = 10_000
+) -> Interval:
+    """Percentile bootstrap of the mean of independent `values` (Efron 1979; Efron and Tibshirani 1993, section 13.3).
+
+    Equal values give an interval of no width, and few values one that is too narrow. Raises ValueError for no values.
+    """
+    return _bootstrap(_finite(values), np.ones(len(values)), seed=seed, confidence=confidence, resamples=resamples)
+
+
+def cluster_bootstrap(
+    values: Sequence[float],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+) -> Interval:
+    """Percentile bootstrap of the mean that draws whole clusters (Davison and Hinkley 1997, section 3.8).
+
+    For several images of one prompt, which are not independent: `clusters` names each value's prompt. Clusters may
+    differ in size; the mean is over values. Raises ValueError where there are no values, or not one cluster a value.
+    """
+    numbers = _finite(values)
+    if len(clusters) != len(numbers):
+        raise ValueError(f"{len(numbers)} values but {len(clusters)} clusters")
+    order = {name: index for index, name in enumerate(dict.fromkeys(clusters))}
+    member_of = [order[name] for name in clusters]
+    sums, sizes = np.zeros(len(order)), np.zeros(len(order))
+    np.add.at(sums, member_of, numbers)
+    np.add.at(sizes, member_of, 1)
+    return _bootstrap(sums, sizes, seed=seed, confidence=confidence, resamples=resamples)
+
+
+def paired_difference(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    seed: int,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+) -> Interval:
+    """Percentile bootstrap of mean(first − second), drawing pairs (Efron and Tibshirani 1993, section 13.3).
+
+    For one prompt and seed on two models: what both share cancels. Raises ValueError where the lengths differ or are 0.
+    """
+    if len(first) != len(second):
+        raise ValueError(f"pairs need equal lengths, not {len(first)} and {len(second)}")
+    differences = _finite(first) - _finite(second)
+    return _bootstrap(differences, np.ones(len(first)), seed=seed, confidence=confidence, resamples=resamples)
+
+
+def _bootstrap(sums: Floats, sizes: Floats, *, seed: int, confidence: float, resamples: int) -> Interval:
+    """Percentiles of Σ sums / Σ sizes over resampled units."""
+    _check_confidence(confidence)
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}, expected 1 or more")
+    rng = np.random.default_rng(seed)
+    units = len(sums)
+    rows = max(1, _BLOCK // units)
+    means = []
+    for start in range(0, resamples, rows):
+        drawn = rng.integers(units, size=(min(rows, resamples - start), units))
+        means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return Interval(float(low), float(high))
+
+
+def _finite(values: Sequence[float]) -> Floats:
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim != 1 or not len(numbers):
+        raise ValueError("an interval needs a flat list of at least one value")
+    if not np.isfinite(numbers).all():
+        raise ValueError("an interval needs finite values")
+    return numbers
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, expected between 0 and 1")

@@ -1,0 +1,131 @@
+"""A model as an attacker may see it: what lies above its `Access` raises, and every image is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from duo.plugins import Access, Family, Process, Sampling
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+    from duo.conditioning import Conditioning
+
+
+class AccessError(PermissionError):
+    """An attack touched what its declared `access` does not include: a mistake in the attack, not of the user."""
+
+
+class QueryLimitError(RuntimeError):
+    """An attack asked for more images than it was granted."""
+
+
+class Target:
+    """`model` behind a fence. The harness makes one for each attack and model, with the attack's own `access`.
+
+    `query_limit` is the largest number of images that the attack may ask for; None sets no limit. Images are sampled as
+    `sampling` says: an attacker sends prompts and seeds, and does not choose how the service samples.
+    """
+
+    def __init__(self, model: Family, *, access: Access, sampling: Sampling, query_limit: int | None = None) -> None:
+        self.access = access
+        self.query_limit = query_limit
+        self._model = model
+        self._sampling = sampling
+        self._queries = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors that are handed to the model must lie."""
+        return self._model.device
+
+    @property
+    def queries(self) -> int:
+        """How many images were asked for so far."""
+        return self._queries
+
+    @property
+    def queries_left(self) -> int | None:
+        """How many more images may be asked for; None where there is no limit."""
+        return None if self.query_limit is None else self.query_limit - self._queries
+
+    # --- QUERY ------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        negative_prompts: Sequence[str] | None = None,
+        tokens: Mapping[str, Tensor] | None = None,
+    ) -> list[Image]:
+        """One image a prompt. Learned `tokens` go into the text encoder, so they need TEXT.
+
+        A call that would pass the limit raises `QueryLimitError` before anything is sampled or counted.
+        """
+        self._require(Access.QUERY, "generate")
+        if tokens:
+            self._require(Access.TEXT, "generate(tokens=…)")
+        if self.queries_left is not None and len(prompts) > self.queries_left:
+            raise QueryLimitError(f"{len(prompts)} images asked for, {self.queries_left} of {self.query_limit} left")
+        self._queries += len(prompts)
+        return self._model.generate(
+            prompts, seeds=seeds, sampling=self._sampling, negative_prompts=negative_prompts, tokens=tokens
+        )
+
+    # --- TEXT -------------------------------------------------------------------------------------
+
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer."""
+        self._require(Access.TEXT, "tokenizer")
+        return self._model.tokenizer()
+
+    def token_embeddings(self) -> Tensor:
+        """The text encoder's table, (vocabulary, width), detached."""
+        self._require(Access.TEXT, "token_embeddings")
+        return self._model.token_embeddings()
+
+    def encode_ids(self, ids: Tensor) -> Tensor:
+        """Last hidden states (n, length, width) of id rows (n, length), special tokens included. No gradient."""
+        self._require(Access.TEXT, "encode_ids")
+        with torch.no_grad():
+            return self._model.encode_ids(ids)
+
+    # --- GRADIENT ---------------------------------------------------------------------------------
+
+    @property
+    def process(self) -> Process:
+        """The forward process that the denoiser was trained on."""
+        self._require(Access.GRADIENT, "process")
+        return self._model.process
+
+    def text(self, prompts: Sequence[str], *, tokens: Mapping[str, Tensor] | None = None) -> Conditioning:
+        """Encode prompts; differentiable in `tokens`."""
+        self._require(Access.GRADIENT, "text")
+        return self._model.text(prompts, tokens=tokens)
+
+    def latents(self, images: Sequence[Image], *, generator: torch.Generator | None) -> Tensor:
+        """VAE-encode; the posterior's mean where `generator` is None."""
+        self._require(Access.GRADIENT, "latents")
+        return self._model.latents(images, generator=generator)
+
+    def predict(self, x_t: Tensor, t: Tensor, text: Conditioning) -> Tensor:
+        """The denoiser's output; differentiable in `x_t` and `text`."""
+        self._require(Access.GRADIENT, "predict")
+        return self._model.predict(x_t, t, text)
+
+    # --- WEIGHTS ----------------------------------------------------------------------------------
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The denoiser itself."""
+        self._require(Access.WEIGHTS, "denoiser")
+        return self._model.denoiser
+
+    def _require(self, level: Access, touched: str) -> None:
+        if self.access < level:
+            raise AccessError(f"an attack with {self.access.name} access touched {touched}, which needs {level.name}")

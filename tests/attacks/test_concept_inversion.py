@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from duo.attacks.concept_inversion import PLACEHOLDER, ConceptInversion, save_textual_inversion
+from duo.errors import UserError
+from duo.plugins import Access, Attack, Sampling
+from duo.target import Target
+
+QUICK = ConceptInversion(steps=150, batch_size=2, learning_rate=0.05)
+
+
+def target_of(family: Any) -> Target:
+    return Target(family, access=ConceptInversion.access, sampling=Sampling())
+
+
+def test_is_an_attack_by_gradients() -> None:
+    assert isinstance(QUICK, Attack)
+    assert ConceptInversion.access == Access.GRADIENT
+
+
+@pytest.mark.parametrize("vectors", [1, 4])
+def test_learns_the_embedding_that_explains_the_images(family: Any, concept: Any, run: Any, vectors: int) -> None:
+    learned = dataclasses.replace(QUICK, vectors=vectors).prepare(target_of(family), concept, run=run)[PLACEHOLDER]
+    assert learned.shape == (vectors, 16)
+    torch.testing.assert_close(learned.mean(dim=0) @ family.projection, torch.full((8,), 0.4), atol=0.02, rtol=0)
+    losses = [row["loss"] for row in run.logged]
+    assert len(losses) == QUICK.steps
+    assert losses[-1] < 0.01 * losses[0]
+
+
+def test_starts_from_the_tokens_of_the_concepts_first_word(family: Any, concept: Any, run: Any) -> None:
+    still = dataclasses.replace(QUICK, steps=1, learning_rate=1e-12)
+    ab = family.token_embeddings()[family.tokenizer().convert_tokens_to_ids("ab</w>")]
+    learned = still.prepare(target_of(family), concept, run=run)[PLACEHOLDER]
+    torch.testing.assert_close(learned, ab[None])
+
+
+def test_an_initializer_fills_the_vectors_in_turn(family: Any, concept: Any, run: Any) -> None:
+    still = dataclasses.replace(QUICK, steps=1, learning_rate=1e-12, vectors=3, initializer="x y")
+    x, y = family.token_embeddings()[family.tokenizer().convert_tokens_to_ids(["x</w>", "y</w>"])]
+    learned = still.prepare(target_of(family), concept, run=run)[PLACEHOLDER]
+    torch.testing.assert_close(learned, torch.stack([x, y, x]))
+
+
+def test_only_the_learned_word_changes(family: Any, concept: Any, run: Any) -> None:
+    table, weight = family.token_embeddings().clone(), family.denoiser.weight.detach().clone()
+    QUICK.prepare(target_of(family), concept, run=run)
+    assert torch.equal(family.token_embeddings(), table)
+    assert torch.equal(family.denoiser.weight, weight)
+    assert family.denoiser.weight.grad is None
+
+
+def test_captions_follow_the_template(family: Any, concept: Any, run: Any) -> None:
+    QUICK.prepare(target_of(family), concept, run=run)
+    assert set(family.prompts) == {"<c> a tree", "<c> a car", "<c> a boat"}
+    assert len(family.prompts) == QUICK.steps * QUICK.batch_size
+    family.prompts.clear()
+    dataclasses.replace(QUICK, template="<c>").prepare(target_of(family), concept, run=run)
+    assert set(family.prompts) == {"<c>"}
+
+
+def test_each_image_comes_with_its_own_caption_at_all_times(family: Any, concept: Any, run: Any) -> None:
+    images = [Image.new("RGB", (8, 8), (51 * level, 0, 0)) for level in (1, 2, 3)]
+    QUICK.prepare(target_of(family), dataclasses.replace(concept, attack_images=images), run=run)
+    levels, times = zip(*family.process.seen, strict=True)
+    pairs = {(caption, round(level, 2)) for caption, level in zip(family.prompts, levels, strict=True)}
+    assert pairs == {("<c> a tree", 0.2), ("<c> a car", 0.4), ("<c> a boat", 0.6)}
+    assert 0 <= min(times) < 0.02
+    assert 0.98 < max(times) <= 1
+
+
+def test_same_seed_same_word(family: Any, concept: Any, run: Any) -> None:
+    short = dataclasses.replace(QUICK, steps=3)
+    first = short.prepare(target_of(family), concept, run=run)[PLACEHOLDER]
+    again = short.prepare(target_of(family), concept, run=run)[PLACEHOLDER]
+    assert torch.equal(first, again)
+    run.seed = 1
+    assert not torch.equal(first, short.prepare(target_of(family), concept, run=run)[PLACEHOLDER])
+
+
+def test_puts_the_word_before_the_prompt(family: Any) -> None:
+    word = torch.ones(2, 16)
+    generator = torch.Generator()
+    (attempt,) = QUICK.search(target_of(family), {PLACEHOLDER: word}, "a red house", generator=generator)
+    assert attempt.prompt == "<c> a red house"
+    assert attempt.tokens[PLACEHOLDER] is word
+    (empty,) = QUICK.search(target_of(family), {PLACEHOLDER: word}, "", generator=generator)
+    assert empty.prompt == "<c>"
+
+
+def test_leaves_the_word_in_the_layout_of_diffusers(family: Any, concept: Any, run: Any) -> None:
+    learned = dataclasses.replace(QUICK, steps=1, vectors=2).prepare(target_of(family), concept, run=run)
+    kept = load_file(run.folder / "learned_embeds.safetensors")
+    assert list(kept) == [PLACEHOLDER]
+    assert torch.equal(kept[PLACEHOLDER], learned[PLACEHOLDER])
+
+
+@torch.no_grad()
+def mean_loss(family: Any, image: Any, tokens: Any) -> float:
+    """The objective over many times and one noise each, the same for every word."""
+    generator = torch.Generator().manual_seed(99)
+    t = torch.arange(0, 1000, 16)
+    x0 = family.latents([image] * len(t), generator=None)
+    eps = torch.randn(x0.shape, generator=generator)
+    text = family.text(["<c> a tree"], tokens=tokens).expand(len(t))
+    return float((family.predict(family.process.noised(x0, eps, t), t, text) - eps).square().mean())
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_on_a_real_pipeline_the_loss_falls_and_diffusers_loads_the_word(
+    tiny_sd: Any, make_tiny_pipeline: Any, concept: Any, run: Any, vectors: int
+) -> None:
+    settings = ConceptInversion(steps=30, batch_size=8, learning_rate=0.05, vectors=vectors, initializer="a")
+    images = [image.resize((64, 64)) for image in concept.attack_images]
+    concept = dataclasses.replace(concept, attack_images=images)
+    still = dataclasses.replace(settings, steps=1, learning_rate=1e-12)
+    start = still.prepare(target_of(tiny_sd), concept, run=run)
+    state = settings.prepare(target_of(tiny_sd), concept, run=run)
+    assert mean_loss(tiny_sd, images[0], state) < mean_loss(tiny_sd, images[0], start)
+    assert all(parameter.grad is None for parameter in tiny_sd.denoiser.parameters())
+
+    (attempt,) = settings.search(target_of(tiny_sd), state, "a red house", generator=torch.Generator())
+    ours = tiny_sd.text([attempt.prompt], tokens=attempt.tokens).embeds
+    pipeline = make_tiny_pipeline()
+    pipeline.load_textual_inversion(str(run.folder))  # finds learned_embeds.safetensors
+    theirs, _ = pipeline.encode_prompt(attempt.prompt, "cpu", 1, do_classifier_free_guidance=False)
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.allclose(ours, tiny_sd.text(["a red house"]).embeds)
+
+
+def test_one_word_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one word, not 2"):
+        save_textual_inversion(tmp_path / "words.safetensors", {"<c>": torch.ones(1, 2), "<d>": torch.ones(1, 2)})
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(family: Any, concept: Any, run: Any) -> None:
+    family.projection = torch.full_like(family.projection, math.nan)
+    with pytest.raises(UserError, match="loss is nan at step 1; lower learning_rate"):
+        QUICK.prepare(target_of(family), concept, run=run)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"attack_images": ()}, "no attack_images"),
+        ({"attack_prompts": ("one",)}, "3 attack_images but 1 attack_prompts"),
+        ({"words": ("",)}, "initializer '' has no token"),
+    ],
+)
+def test_a_concept_that_cannot_be_inverted_is_refused(
+    family: Any, concept: Any, run: Any, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        QUICK.prepare(target_of(family), dataclasses.replace(concept, **changed), run=run)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("vectors", 0), ("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("template", "a <c>ar {}")],
+)
+def test_impossible_settings_are_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(QUICK, **{field: value})
