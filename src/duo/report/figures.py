@@ -1,0 +1,183 @@
+"""Figures as SVG text. matplotlib is imported when one is drawn, so that reading a report needs none of it.
+
+Colours are from a palette that stays apart under the common colour-vision deficiencies, and shape or position says the
+same as colour. Text stays text: it can be searched, and it takes the font of the page.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from duo.report.records import Attack, Mean
+from duo.report.wording import attack_words, percent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID = "#1b2430", "#5a6575", "#d5dbe3"
+ORIGINAL, ERASED = "#7a8798", "#c4500a"
+SERIES = ("#c4500a", "#0b66ad", "#0d7f5f", "#8a4fb0")
+
+CURVE_TITLES = {
+    "loss": "Loss",
+    "accuracy": "Implicit preference accuracy",
+    "margin": "Margin (safe over unsafe)",
+    "prior": "Prior drift at the last step",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TradeoffPoint:
+    """One erasure of a sweep: how often the concept is still detected, and how much of unrelated pictures is kept."""
+
+    series: str
+    label: str
+    detection: Mean
+    preservation: Mean
+
+
+def attack_rates(attacks: Sequence[Attack]) -> str:
+    """Detected rate of each attack on the original and the erased model, with 95% intervals.
+
+    Rows without a sound positive control are hollow.
+    """
+    with _canvas(7.6, 0.8 + 0.42 * len(attacks)) as figure:
+        axes = figure.subplots()
+        for place, attack in enumerate(attacks):
+            rows = ((attack.original, ORIGINAL, "s", 0.15), (attack.erased, ERASED, "o", -0.15))
+            for row, colour, marker, shift in rows:
+                y = len(attacks) - 1 - place + shift
+                axes.plot([100 * row.low, 100 * row.high], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
+                face = colour if attack.reliable else "none"
+                axes.plot(100 * row.rate, y, marker, color=colour, markerfacecolor=face, markersize=7, clip_on=False)
+        names = [attack_words(a.name).label + ("" if a.reliable else "\n(unreliable)") for a in attacks]
+        axes.set_yticks(range(len(attacks) - 1, -1, -1), names)
+        axes.set_ylim(-0.6, len(attacks) - 0.4)
+        axes.set_xlim(0, 100)
+        axes.set_xticks(range(0, 101, 20), [f"{tick}%" for tick in range(0, 101, 20)])
+        axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=10.5)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+        axes.spines["bottom"].set_visible(False)
+        axes.plot([], [], "s", color=ORIGINAL, markersize=7, label="original model")
+        axes.plot([], [], "o", color=ERASED, markersize=7, label="erased model")
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(-0.012, 1.0), ncols=2, frameon=False, handletextpad=0.2, borderpad=0.2
+        )
+        spoken = "; ".join(
+            f"{attack_words(a.name).label}: {percent(a.original.rate)} before, {percent(a.erased.rate)} after"
+            for a in attacks
+        )
+        return _svg(figure, "attack-rates", f"Detected rate of each attack. {spoken}.")
+
+
+def training_curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """Small multiples of what the training logged: each value faint, its running mean over 5% of the rows strong."""
+    with _canvas(7.6, 2.1 * ((len(curves) + 1) // 2)) as figure:
+        panels = figure.subplots((len(curves) + 1) // 2, 2, squeeze=False).ravel()
+        for panel, (name, points), colour in zip(panels, curves.items(), SERIES, strict=False):
+            steps, values = [step for step, _ in points], [value for _, value in points]
+            panel.plot(steps, values, color=colour, alpha=0.28, linewidth=0.8)
+            panel.plot(steps, _running_mean(values, max(1, len(values) // 20)), color=colour, linewidth=1.8)
+            panel.set_title(CURVE_TITLES.get(name, name), loc="left", fontsize=10.5, color=INK)
+            panel.set_xlabel("step")
+            panel.grid(axis="y", color=GRID, linewidth=0.8)
+            panel.spines["bottom"].set_color(GRID)
+        for panel in panels[len(curves) :]:
+            panel.set_axis_off()
+        names = ", ".join(CURVE_TITLES.get(name, name).lower() for name in curves)
+        return _svg(figure, "training-curves", f"Training over steps: {names}.")
+
+
+def tradeoff(points: Sequence[TradeoffPoint], *, metric: str = "1 - toybox-LPIPS") -> str:
+    """Detection against preservation, one line a series in the order given. The upper left corner is the aim."""
+    with _canvas(6.2, 4.4) as figure:
+        axes = figure.subplots()
+        for series, colour, marker in zip(
+            dict.fromkeys(p.series for p in points), SERIES * 2, "osD^vPX*", strict=False
+        ):
+            own = [point for point in points if point.series == series]
+            x = [100 * point.detection.mean for point in own]
+            y = [point.preservation.mean for point in own]
+            axes.errorbar(
+                x,
+                y,
+                xerr=_spread([p.detection for p in own], scale=100),
+                yerr=_spread([p.preservation for p in own], scale=1),
+                fmt=f"-{marker}",
+                color=colour,
+                ecolor=colour,
+                elinewidth=1.1,
+                linewidth=1.3,
+                markersize=6,
+                label=series,
+            )
+            for point, across, up in zip(own, x, y, strict=True):
+                axes.annotate(
+                    point.label,
+                    (across, up),
+                    xytext=(6, 6),
+                    textcoords="offset points",
+                    fontsize=9,
+                    color=MUTED,
+                )
+        axes.set_xlabel("images in which the concept is detected (%): lower is better")
+        axes.set_ylabel(f"preservation ({metric}): higher is better")
+        axes.set_xlim(left=0)
+        axes.grid(color=GRID, linewidth=0.8)
+        axes.legend(frameon=False, loc="lower right")
+        return _svg(figure, "tradeoff", "Detection against preservation over a sweep.")
+
+
+def _running_mean(values: Sequence[float], width: int) -> list[float]:
+    """The mean of the last `width` values at each place (fewer at the start)."""
+    return [sum(values[max(0, i + 1 - width) : i + 1]) / min(width, i + 1) for i in range(len(values))]
+
+
+def _spread(means: Sequence[Mean], *, scale: float) -> list[list[float]]:
+    """Distances from the mean down and up, as `errorbar` takes them; rounding can make one a hair negative."""
+    down = [max(0.0, scale * (mean.mean - mean.low)) for mean in means]
+    return [down, [max(0.0, scale * (mean.high - mean.mean)) for mean in means]]
+
+
+@contextmanager
+def _canvas(width: float, height: float) -> Iterator[Figure]:
+    """A figure of `width`×`height` inches in the report's style."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none",
+        "text.parse_math": False,  # names come from data, and a lone $ is no formula
+        "font.size": 9.5,
+        "text.color": INK,
+        "axes.labelcolor": MUTED,
+        "axes.edgecolor": GRID,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "xtick.color": MUTED,
+        "ytick.color": MUTED,
+        "xtick.major.size": 0,
+        "ytick.major.size": 0,
+        "axes.axisbelow": True,
+    }
+    with matplotlib.rc_context(style):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    """`figure` as an `<svg>` element with an accessible name. The same figure gives the same bytes."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # ids differ between the figures of one page
+        figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
+    text = buffer.getvalue()
+    label = html.escape(description, quote=True)
+    return text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

@@ -1,0 +1,45 @@
+"""Images for the page: clear ones re-encoded, unsafe ones reduced to 64 blocks, all as PNG data URIs.
+
+Nothing but pixels is carried over: text chunks of the source files (prompts, paths) are not copied.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from duo.errors import UserError
+
+BLOCKS = 8  # an unsafe image is shown as 8×8 blocks, which leaves its light and colours but no shapes
+SHOWN_SIDE = 512  # larger images are reduced, so that the page can still be mailed
+PIXELATED_SIDE = 64
+
+
+def read_image(path: Path) -> Image.Image:
+    """The file as RGB, at most `SHOWN_SIDE` on its longer side."""
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run the stage that writes it again") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise UserError(f"{path}: not a readable image ({error}); run the stage that writes it again") from None
+    if max(image.size) > SHOWN_SIDE:
+        image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+    return image
+
+
+def pixelated(image: Image.Image) -> Image.Image:
+    """The whole image as `BLOCKS`×`BLOCKS` mean colours. Nothing is left to detect, so nothing can be missed."""
+    blocks = image.resize((BLOCKS, BLOCKS), Image.Resampling.BOX)
+    return blocks.resize((PIXELATED_SIDE, PIXELATED_SIDE), Image.Resampling.NEAREST)
+
+
+def data_uri(image: Image.Image) -> str:
+    """`image` as a PNG inside a URL."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,96 @@
+"""JSON read field by field: whatever is missing or of the wrong kind is a `UserError` that names file and field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from duo import rundir
+from duo.errors import UserError
+
+
+class Fields:
+    """One JSON object of the file (or part of a file) that `where` names."""
+
+    def __init__(self, data: object, where: str) -> None:
+        if not isinstance(data, Mapping):
+            raise UserError(
+                f"{where}: expected an object, found {type(data).__name__}; run the stage that writes it again"
+            )
+        self.data: Mapping[str, Any] = data
+        self.where = where
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.data
+
+    def text(self, key: str) -> str:
+        value = self._get(key)
+        return value if isinstance(value, str) else self._wrong(key, "a text")
+
+    def text_or_none(self, key: str) -> str | None:
+        return None if self._get(key) is None else self.text(key)
+
+    def one_of(self, key: str, allowed: tuple[str, ...]) -> str:
+        value = self.text(key)
+        return value if value in allowed else self._wrong(key, " or ".join(map(repr, allowed)))
+
+    def flag(self, key: str) -> bool:
+        value = self._get(key)
+        return value if isinstance(value, bool) else self._wrong(key, "true or false")
+
+    def whole(self, key: str, *, least: int = 0) -> int:
+        value = self._get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            self._wrong(key, f"a whole number from {least} up")
+        return int(value)
+
+    def number(self, key: str) -> float:
+        value = self._get(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            self._wrong(key, "a finite number")
+        return float(value)
+
+    def share(self, key: str) -> float:
+        """A number from 0 to 1."""
+        value = self.number(key)
+        return value if 0 <= value <= 1 else self._wrong(key, "a number from 0 to 1")
+
+    def table(self, key: str) -> Fields:
+        value = self._get(key)
+        if not isinstance(value, Mapping):
+            self._wrong(key, "an object")
+        return Fields(value, f"{self.where}: {key}")
+
+    def tables(self, key: str) -> list[Fields]:
+        """A list of objects, each named by its position."""
+        value = self._get(key)
+        if not isinstance(value, list):
+            self._wrong(key, "a list")
+        return [Fields(item, f"{self.where}: {key}[{index}]") for index, item in enumerate(value)]
+
+    def _get(self, key: str) -> Any:
+        if key not in self.data:
+            raise UserError(f"{self.where}: field {key!r} is missing; run the stage that writes it again")
+        return self.data[key]
+
+    def _wrong(self, key: str, expected: str) -> Any:
+        found = repr(self.data[key])
+        found = found if len(found) <= 60 else found[:57] + "..."
+        raise UserError(
+            f"{self.where}: field {key!r} is {found}, expected {expected}; run the stage that writes it again"
+        )
+
+
+def read_object(path: Path) -> Fields:
+    """The object in one JSON file of a run."""
+    return Fields(rundir.read_json(path), str(path))
+
+
+def read_rows(path: Path) -> Iterator[Fields]:
+    """The objects of a JSON-lines file of a run, which must be there."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run the stage that writes it, or give a finished run folder")
+    for number, row in enumerate(rundir.read_jsonl(path), start=1):
+        yield Fields(row, f"{path}, row {number}")

@@ -1,0 +1,379 @@
+"""A run folder's records as frozen dataclasses, checked as they are read. No torch.
+
+Every field that the report shows is validated here, so the page, the figures and the card only arrange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from duo.errors import UserError
+from duo.report.json_fields import Fields, read_object, read_rows
+
+MODELS = ("original", "erased")
+LABELS = ("absent", "present", "corrupted")
+CURVES = ("loss", "accuracy", "margin", "prior")
+SECTIONS = ("concept", "method", "model", "world_digest", "attacks", "preservation", "attributes", "near_misses")
+
+
+# --- scores -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """A mean over images with its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def read(cls, row: Fields, *, n: int | None = None) -> Mean:
+        """`n` is the count of images where the row itself does not hold it."""
+        low, mean, high = row.number("low"), row.number("mean"), row.number("high")
+        _ordered(row, low, high)  # a bootstrap interval of few, skewed values may leave out their mean
+        return cls(mean=mean, low=low, high=high, n=row.whole("n", least=1) if n is None else n)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackRow:
+    """How often one attack brought the concept back on one model. Rates are shares with 95% intervals.
+
+    `corrupted` counts images with a spoiled rendering of the concept; they are not among the `detected`.
+    `reliable` says whether the attack reached its positive control on the original model.
+    """
+
+    name: str
+    model: str
+    n: int
+    detected: int
+    corrupted: int
+    rate: float
+    low: float
+    high: float
+    corrupted_rate: float
+    corrupted_low: float
+    corrupted_high: float
+    reliable: bool
+
+    @classmethod
+    def read(cls, row: Fields) -> AttackRow:
+        rates = {key: row.share(key) for key in ("rate", "low", "high")}
+        corrupted = {f"corrupted_{key}": row.share(f"corrupted_{key}") for key in ("rate", "low", "high")}
+        _ordered(row, rates["low"], rates["rate"], rates["high"])
+        _ordered(row, *(corrupted[f"corrupted_{key}"] for key in ("low", "rate", "high")))
+        read = cls(
+            name=_plain_name(row, "name"),
+            model=row.one_of("model", MODELS),
+            n=row.whole("n", least=1),
+            detected=row.whole("detected"),
+            corrupted=row.whole("corrupted"),
+            reliable=row.flag("reliable"),
+            **rates,
+            **corrupted,
+        )
+        if read.detected + read.corrupted > read.n:
+            raise UserError(
+                f"{row.where}: {read.detected} detected and {read.corrupted} corrupted are more than n={read.n}; "
+                "run `duo score` again"
+            )
+        return read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """One attack on both models."""
+
+    name: str
+    original: AttackRow
+    erased: AttackRow
+
+    @property
+    def reliable(self) -> bool:
+        return self.original.reliable and self.erased.reliable
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearMiss:
+    """A thing like the concept that must survive: how often it did, and how often the judge saw the concept instead."""
+
+    name: str
+    model: str
+    hazard_rate: float
+    survived: Mean
+
+    @classmethod
+    def read(cls, row: Fields) -> NearMiss:
+        return cls(
+            name=row.text("name"),
+            model=row.one_of("model", MODELS),
+            hazard_rate=row.share("hazard_rate"),
+            survived=Mean.read(row.table("survived"), n=row.whole("n", least=1)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What `score/scores.json` and `report.json` have in common.
+
+    `attributes[prompt set][model][attribute]` is the share of images that obey the prompt in that attribute.
+    """
+
+    concept: str
+    method: str
+    model: str
+    world_digest: str | None
+    attacks: tuple[Attack, ...]
+    metric: str
+    preservation: Mean
+    attributes: Mapping[str, Mapping[str, Mapping[str, Mean]]]
+    near_misses: tuple[NearMiss, ...]
+
+    @classmethod
+    def read(cls, data: Fields) -> Scores:
+        preservation = data.table("preservation")
+        attributes = data.table("attributes")
+        return cls(
+            concept=data.text("concept"),
+            method=data.text("method"),
+            model=data.text("model"),
+            world_digest=data.text_or_none("world_digest"),
+            attacks=_attacks(data),
+            metric=preservation.text("metric"),
+            preservation=Mean.read(preservation),
+            attributes={name: _attribute_set(attributes.table(name)) for name in attributes.data},
+            near_misses=tuple(NearMiss.read(row) for row in data.tables("near_misses")),
+        )
+
+    @property
+    def near_miss_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(row.name for row in self.near_misses))
+
+    def near_miss(self, name: str, model: str) -> NearMiss | None:
+        return next((row for row in self.near_misses if (row.name, row.model) == (name, model)), None)
+
+
+def _attacks(data: Fields) -> tuple[Attack, ...]:
+    rows: dict[str, dict[str, AttackRow]] = {}
+    for fields in data.tables("attacks"):
+        row = AttackRow.read(fields)
+        if row.model in rows.setdefault(row.name, {}):
+            raise UserError(
+                f"{fields.where}: attack {row.name!r} has two rows for the {row.model} model; run `duo score` again"
+            )
+        rows[row.name][row.model] = row
+    if not rows:
+        raise UserError(f"{data.where}: field 'attacks' is empty; run at least the attack 'prompts' and score again")
+    for name, models in rows.items():
+        for model in MODELS:
+            if model not in models:
+                raise UserError(
+                    f"{data.where}: attack {name!r} has no row for the {model} model; every attack is scored on both"
+                )
+    return tuple(
+        Attack(name=name, original=models["original"], erased=models["erased"]) for name, models in rows.items()
+    )
+
+
+def _attribute_set(models: Fields) -> dict[str, dict[str, Mean]]:
+    tables = {model: models.table(model) for model in MODELS}
+    read = {model: {name: Mean.read(table.table(name)) for name in table.data} for model, table in tables.items()}
+    if set(read["original"]) != set(read["erased"]):
+        raise UserError(f"{models.where}: original and erased have different attributes; run `duo score` again")
+    return read
+
+
+def _ordered(row: Fields, *values: float) -> None:
+    slack = 1e-9  # a Wilson bound meets the rate itself at 0 and 1, up to rounding
+    if any(low > high + slack for low, high in pairwise(values)):
+        told = " to ".join(map(str, values))
+        raise UserError(f"{row.where}: an interval's numbers are not in order ({told}); run `duo score` again")
+
+
+# --- images -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One scored image. `labels` are the judges' words; `survived` is of near misses alone, None elsewhere."""
+
+    path: Path
+    set: str
+    model: str
+    index: int
+    labels: tuple[str, ...]
+    prompt: str
+    seed: int
+    survived: bool | None = None
+
+    @property
+    def judged_absent(self) -> bool:
+        """Whether it was judged at all and no judge saw the concept, whole or spoiled."""
+        return bool(self.labels) and set(self.labels) == {"absent"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairPictures:
+    """One training pair: the image with the concept and its edited twin without."""
+
+    index: int
+    unsafe: Path
+    safe: Path
+    unsafe_prompt: str
+
+
+# --- the run ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecords:
+    """Everything of a run folder that the report shows.
+
+    `sections` are the scores as they stand in `scores.json`, for `report.json`; `scores` are the same, typed.
+    `curves` maps a name of `CURVES` to (step, value) points; `cost` maps a stage to its seconds.
+    """
+
+    folder: Path
+    recipe: Mapping[str, Any]
+    seed: int
+    versions: Mapping[str, str]
+    command: str
+    sections: Mapping[str, Any]
+    scores: Scores
+    account: Mapping[str, Any]
+    pairs: tuple[PairPictures, ...]
+    curves: Mapping[str, tuple[tuple[float, float], ...]]
+    pictures: tuple[Picture, ...]
+    cost: Mapping[str, float]
+    machine: str | None
+
+
+def read_run(folder: Path) -> RunRecords:
+    """Read and check the records of a run whose stages up to `score` are finished.
+
+    Raises:
+        UserError: a record is missing, unreadable or wrong; names the file and the field.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a run folder; give the --out of a finished `duo run`")
+    run = read_object(folder / "run.json")
+    if run.whole("schema") != 1:
+        raise UserError(
+            f"{run.where}: schema {run.data['schema']} is not known here, only 1; use the duo that wrote it"
+        )
+    data = read_object(folder / "score" / "scores.json")
+    scores = Scores.read(data)
+    read_object(folder / "erase" / "manifest.json")  # a stage is finished if and only if its manifest is there
+    versions = run.table("versions")
+    cost, machine = _cost(folder / "timings.jsonl")
+    return RunRecords(
+        folder=folder,
+        recipe=run.table("recipe").data,
+        seed=run.whole("seed"),
+        versions={name: versions.text(name) for name in versions.data},
+        command=run.text("command"),
+        sections={name: data.data[name] for name in SECTIONS},
+        scores=scores,
+        account=read_object(folder / "pairs" / "manifest.json").table("account").data,
+        pairs=_pairs(folder / "pairs"),
+        curves=_curves(folder / "erase" / "log.jsonl"),
+        pictures=_pictures(folder, [attack.name for attack in scores.attacks]),
+        cost=cost,
+        machine=machine,
+    )
+
+
+def _pairs(folder: Path) -> tuple[PairPictures, ...]:
+    return tuple(
+        PairPictures(
+            index=row.whole("index"),
+            unsafe=_inside(folder, row, "unsafe"),
+            safe=_inside(folder, row, "safe"),
+            unsafe_prompt=row.text("unsafe_prompt"),
+        )
+        for row in read_rows(folder / "pairs.jsonl")
+    )
+
+
+def _curves(path: Path) -> dict[str, tuple[tuple[float, float], ...]]:
+    """Closed-form methods keep no log; of a step that was repeated after a resume, the last row counts."""
+    points: dict[str, dict[float, float]] = {name: {} for name in CURVES}
+    for row in read_rows(path) if path.exists() else ():
+        step = row.number("step")
+        for name in CURVES:
+            if name in row:
+                points[name][step] = row.number(name)
+    return {name: tuple(sorted(curve.items())) for name, curve in points.items() if curve}
+
+
+def _pictures(folder: Path, attacks: list[str]) -> tuple[Picture, ...]:
+    labels: dict[tuple[str, str, int], list[str]] = {}
+    said: dict[tuple[str, str, int], Fields] = {}
+    for row in read_rows(folder / "score" / "verdicts.jsonl"):
+        key = (row.text("set"), row.one_of("model", MODELS), row.whole("index"))
+        labels.setdefault(key, []).append(row.one_of("label", LABELS))
+        said[key] = row
+    pictures = []
+    for attack in attacks:
+        for model in MODELS:
+            place = folder / "attack" / attack / model
+            for row in read_rows(place / "attempts.jsonl"):
+                pictures.append(
+                    Picture(
+                        path=_inside(place, row, "image"),
+                        set=attack,
+                        model=model,
+                        index=row.whole("index"),
+                        labels=tuple(labels.get((attack, model, row.whole("index")), ())),
+                        prompt=row.text("prompt"),
+                        seed=row.whole("seed"),
+                    )
+                )
+    for (name, model, index), row in sorted(said.items()):
+        if name not in attacks:
+            pictures.append(
+                Picture(
+                    path=folder / "score" / "images" / _plain_name(row, "set") / model / f"{index:04d}.png",
+                    set=name,
+                    model=model,
+                    index=index,
+                    labels=tuple(labels[name, model, index]),
+                    prompt=row.text("prompt"),
+                    seed=row.whole("seed"),
+                    survived=row.flag("survived") if "survived" in row else None,
+                )
+            )
+    return tuple(pictures)
+
+
+def _cost(path: Path) -> tuple[dict[str, float], str | None]:
+    """Seconds of each stage. The report's own are left out, so that writing it again gives the same bytes."""
+    seconds: dict[str, float] = {}
+    machine = None
+    for row in read_rows(path):
+        stage = row.text("stage")
+        if stage == "report":
+            continue
+        seconds[stage] = seconds.get(stage, 0.0) + row.number("seconds")
+        machine = row.text("machine") if "machine" in row else machine
+    return seconds, machine
+
+
+def _inside(folder: Path, row: Fields, key: str) -> Path:
+    """A file that a record names, refused where the name leads out of the stage's own folder."""
+    path = folder / row.text(key)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{row.where}: field {key!r} is {row.text(key)!r}, which is outside {folder}")
+    return path
+
+
+def _plain_name(row: Fields, key: str) -> str:
+    name = row.text(key)
+    if Path(name).name != name or name == "..":
+        raise UserError(f"{row.where}: field {key!r} is {name!r}, expected the plain name of a folder")
+    return name

@@ -1,0 +1,46 @@
+"""Figures: well-formed, the same bytes each time, and true to their numbers."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from duo.report import figures
+from duo.report.figures import TradeoffPoint
+from duo.report.records import Mean
+
+
+def _mean(value: float) -> Mean:
+    return Mean(mean=value, low=value - 0.1, high=value + 0.1, n=60)
+
+
+def _points(name: str = "DUO") -> list[TradeoffPoint]:
+    return [
+        TradeoffPoint(series=name, label=f"β={beta}", detection=_mean(1 / beta), preservation=_mean(0.5 + beta / 40))
+        for beta in (2, 5, 10)
+    ]
+
+
+def test_tradeoff_is_well_formed_and_the_same_each_time() -> None:
+    svg = figures.tradeoff(_points())
+    assert svg == figures.tradeoff(_points())
+    texts = [element.text for element in ElementTree.fromstring(svg).iter() if element.tag.endswith("text")]
+    assert {"β=2", "β=5", "β=10"} <= set(texts)
+
+
+def test_texts_from_data_are_neither_markup_nor_mathematics() -> None:
+    name = '<script>alert("$x_1$")</script>'
+    root = ElementTree.fromstring(figures.tradeoff(_points(name), metric="$\\broken{"))
+    assert not [element for element in root.iter() if element.tag.endswith("script")]
+    assert any(element.text == name for element in root.iter())
+
+
+def test_curves_of_any_number_are_drawn() -> None:
+    curve = tuple((float(step), 1.0 / (step + 1)) for step in range(30))
+    for names in (["loss"], ["loss", "accuracy", "margin"]):
+        svg = figures.training_curves(dict.fromkeys(names, curve))
+        assert svg.count(figures.CURVE_TITLES["loss"]) >= 1
+        ElementTree.fromstring(svg)
+
+
+def test_running_mean_is_of_the_last_values() -> None:
+    assert figures._running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]

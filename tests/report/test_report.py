@@ -1,0 +1,355 @@
+"""The report of a synthetic run: its schema, its wording, and above all what it must not show."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synthetic
+import yaml
+from PIL import Image, PngImagePlugin
+
+from duo.errors import UserError
+from duo.report import verdict, write_report
+from duo.report.images import BLOCKS, data_uri, read_image
+
+HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> {{ 7*7 }} $x_1$ "
+
+
+class _Page(HTMLParser):
+    """The tags of a page with their attributes, and which images are inside `<details class="originals">`."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.images: list[tuple[dict[str, str | None], bool]] = []
+        self._details: list[bool] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "details":
+            self._details.append(dict(attrs).get("class") == "originals")
+        if tag == "img":
+            self.images.append((dict(attrs), any(self._details)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "details":
+            self._details.pop()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = synthetic.write_run(tmp_path_factory.mktemp("runs") / "demo")
+    write_report(run)
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return synthetic.write_run(tmp_path / "demo", attacks={"prompts": (60, 2, 3)})
+
+
+def _edit(path: Path, change: Callable[[dict], object]) -> None:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def _decoded(uri: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB"))
+
+
+def _blocks(pixels: np.ndarray) -> int:
+    """How many of an 8×8 grid of blocks there are if every block is of one colour, else the count of pixels."""
+    step = pixels.shape[0] // BLOCKS
+    flat = pixels[::step, ::step]
+    same = np.array_equal(np.kron(flat, np.ones((step, step, 1), dtype=flat.dtype)), pixels)
+    return flat.shape[0] * flat.shape[1] if same else pixels.shape[0] * pixels.shape[1]
+
+
+def _unsafe_files(run: Path) -> list[Path]:
+    return [*run.glob("attack/*/*/images/*.png"), *run.glob("pairs/unsafe/*.png")]
+
+
+# --- report.json --------------------------------------------------------------------------------------
+
+
+def test_report_json_has_the_schema_of_the_issue(finished: Path) -> None:
+    report = json.loads((finished / "report.json").read_text())
+    expected = {"schema", "concept", "method", "model", "world_digest", "attacks", "preservation", "attributes"}
+    assert set(report) == expected | {"near_misses", "cost", "config", "versions"}
+    assert report["schema"] == 1
+    assert {row["name"] for row in report["attacks"]} == set(synthetic.ATTACKS)
+    assert {"name", "model", "n", "detected", "corrupted", "rate", "low", "high", "reliable"} <= set(
+        report["attacks"][0]
+    )
+    assert report["cost"]["erase"] == 268.0
+    assert report["config"]["method"]["beta"] == 20.0
+
+
+def test_cost_adds_the_parts_of_a_resumed_stage(run: Path) -> None:
+    with (run / "timings.jsonl").open("a") as file:
+        file.write('{"stage": "erase", "seconds": 32.0}\n{"stage": "report", "seconds": 9.0}\n')
+    write_report(run)
+    cost = json.loads((run / "report.json").read_text())["cost"]
+    assert cost["erase"] == 300.0
+    assert "report" not in cost
+
+
+def test_writing_again_changes_no_byte(finished: Path) -> None:
+    names = ("report.json", "report.html", "README.md")
+    before = [(finished / name).read_bytes() for name in names]
+    write_report(finished)
+    assert [(finished / name).read_bytes() for name in names] == before
+    assert not list(finished.glob(".*tmp"))
+
+
+def test_nothing_of_torch_is_imported(finished: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from duo.report import write_report; write_report(Path(sys.argv[1]))"
+    )
+    program += "; assert 'torch' not in sys.modules, 'torch'"
+    subprocess.run([sys.executable, "-c", program, str(finished)], check=True)
+
+
+# --- what the page shows --------------------------------------------------------------------------------
+
+
+def test_unsafe_images_are_embedded_as_64_blocks_only(finished: Path) -> None:
+    html = (finished / "report.html").read_text()
+    images = _Page(html).images
+    pixelated = [image for image, _ in images if "pixelated" in (image["alt"] or "")]
+    assert len(pixelated) >= 2 * len(synthetic.ATTACKS)
+    for image in pixelated:
+        assert _blocks(_decoded(image["src"] or "")) <= BLOCKS * BLOCKS
+    originals = {np.asarray(Image.open(path).convert("RGB")).tobytes() for path in _unsafe_files(finished)}
+    shown = {_decoded(image["src"] or "").tobytes() for image, _ in images}
+    assert not originals & shown
+
+
+def test_harmless_images_are_shown_as_they_are(finished: Path) -> None:
+    html = (finished / "report.html").read_text()
+    assert data_uri(read_image(finished / "score/images/unrelated/erased/0000.png")) in html
+    assert data_uri(read_image(finished / "score/images/sunset/erased/0000.png")) in html
+    assert data_uri(read_image(finished / "pairs/safe/0000.png")) in html
+
+
+@pytest.mark.parametrize("label", ["present", "corrupted", None])
+def test_a_harmless_prompt_does_not_excuse_what_a_judge_saw(run: Path, label: str | None) -> None:
+    picture = run / "score/images/unrelated/erased/0000.png"
+    Image.open(picture).rotate(180).save(
+        picture
+    )  # the synthetic models draw the same, so that it would stand here twice
+    path = run / "score" / "verdicts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    key = ("unrelated", "erased", 0)
+    for row in rows:
+        if (row["set"], row["model"], row["index"]) == key:
+            second = {**row, "judge": "second", "label": label}
+    synthetic.write_rows(path, [*rows, second] if label else [row for row in rows if row["set"] != "unrelated"])
+    html = write_report(run).read_text()
+    assert data_uri(read_image(picture)) not in html
+
+
+def test_a_prompt_set_that_is_not_known_to_be_harmless_is_pixelated(run: Path) -> None:
+    for model in ("original", "erased"):
+        picture = run / "score/images/other" / model / "0000.png"
+        picture.parent.mkdir(parents=True)
+        (run / "score/images/unrelated" / model / "0001.png").rename(picture)
+    path = run / "score" / "verdicts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        if row["set"] == "unrelated" and row["index"] == 1:
+            row.update(set="other", index=0)
+    synthetic.write_rows(path, rows)
+    html = write_report(run).read_text()
+    assert data_uri(read_image(picture)) not in html
+    assert "Near miss: other" not in html
+
+
+def test_uncensored_puts_the_originals_behind_a_click(run: Path) -> None:
+    html = write_report(run, uncensored=True).read_text()
+    page = _Page(html)
+    opened = {_decoded(image["src"] or "").tobytes() for image, behind in page.images if behind}
+    plain = {_decoded(image["src"] or "").tobytes() for image, behind in page.images if not behind}
+    originals = {np.asarray(Image.open(path).convert("RGB")).tobytes() for path in _unsafe_files(run)}
+    assert originals <= opened
+    assert not originals & plain
+    assert not [tag for tag, attributes in page.tags if tag == "details" and "open" in attributes]
+    assert "disturbing" in html
+
+
+def test_metadata_of_the_image_files_is_not_carried_over(run: Path) -> None:
+    path = run / "score/images/unrelated/erased/0000.png"
+    secret = PngImagePlugin.PngInfo()
+    secret.add_text("parameters", "a private prompt")
+    Image.open(path).save(path, pnginfo=secret)
+    html = write_report(run, uncensored=True).read_text()
+    for image, _ in _Page(html).images:
+        assert b"private" not in base64.b64decode((image["src"] or "").partition(",")[2])
+
+
+def test_hostile_texts_are_escaped(tmp_path: Path) -> None:
+    run = synthetic.write_run(tmp_path / "demo", attacks={"<b>$x_1$&": (60, 2, 3)}, prompt=HOSTILE)
+    _edit(run / "run.json", lambda data: (data.update(command=HOSTILE), data["recipe"].update(concept=HOSTILE)))
+    _edit(run / "score/scores.json", lambda data: data.update(concept=HOSTILE, model=HOSTILE, method=HOSTILE))
+    page = _Page(write_report(run).read_text())
+    tags = {tag for tag, _ in page.tags}
+    assert not tags & {"script", "b", "iframe", "link", "object", "form"}
+    assert not [key for _, attributes in page.tags for key in attributes if key.startswith("on")]
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in (run / "report.html").read_text()
+    prose = re.sub(r"```.*?```|`[^`]*`", "", (run / "README.md").read_text().split("---\n", 2)[2], flags=re.S)
+    assert "<" not in prose
+
+
+def test_the_page_needs_nothing_beside_itself(finished: Path) -> None:
+    page = _Page((finished / "report.html").read_text())
+    policy = next(a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv"))
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert "script-src" not in policy
+    for tag, attributes in page.tags:
+        assert tag not in {"script", "link", "iframe"}
+        for key in ("src", "href", "xlink:href", "action"):
+            assert (attributes.get(key) or "data:").startswith(("data:", "#"))
+    assert all(image["alt"] for image, _ in page.images)
+
+
+# --- verdict and card -------------------------------------------------------------------------------------
+
+
+def test_verdict_says_what_was_found_and_what_was_not(finished: Path) -> None:
+    lines = verdict(json.loads((finished / "report.json").read_text()))
+    assert lines[0] == (
+        "Fire is drawn in 2 of 60 images from plain prompts (3%, 95% interval 1–11%), down from 60 of 60."
+    )
+    assert lines[1].startswith("These still bring fire back, strongest first: Concept Inversion, 4 tokens, 31 of 60")
+    text = "\n".join(lines)
+    assert "Ring-A-Bell (41 of 60 on the original model)" in text
+    assert "UnlearnDiffAtk" in text
+    assert "0.87" in text
+
+
+def test_verdict_of_a_clean_run_states_what_cannot_be_excluded(tmp_path: Path) -> None:
+    run = synthetic.write_run(tmp_path / "demo", attacks={"prompts": (60, 0, 0)})
+    write_report(run)
+    lines = verdict(json.loads((run / "report.json").read_text()))
+    assert "brought fire back; true rates of up to 6%" in lines[1]
+
+
+def test_verdict_without_a_sound_control_claims_nothing(tmp_path: Path) -> None:
+    run = synthetic.write_run(tmp_path / "demo", attacks={"prompts": (10, 0, 0)})
+    write_report(run)
+    lines = verdict(json.loads((run / "report.json").read_text()))
+    assert "a low figure says little" in lines[0]
+    assert "this run shows nothing" in lines[1]
+
+
+def test_card_metadata_is_read_by_the_hub(run: Path) -> None:
+    _edit(run / "score/scores.json", lambda data: data.update(model="someone/some-model"))
+    write_report(run)
+    text = (run / "README.md").read_text()
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    assert metadata["base_model"] == "someone/some-model"
+    assert "license" not in metadata
+    metrics = [r["metrics"][0]["value"] for r in metadata["model-index"][0]["results"]]
+    assert metrics == pytest.approx([2 / 60, 0.872])
+
+
+def test_card_names_no_hub_model_for_the_embedded_one(finished: Path) -> None:
+    text = (finished / "README.md").read_text()
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    assert "base_model" not in metadata
+    names = [result["dataset"]["type"] for result in metadata["model-index"][0]["results"]]
+    assert "duo/ring_a_bell" not in names  # an unreliable row is no result
+    assert "can be unloaded" in text
+
+
+def test_card_configuration_is_toml_that_reads_back(finished: Path) -> None:
+    import tomllib
+
+    text = re.search(r"```toml\n(.*?)```", (finished / "README.md").read_text(), re.S)
+    assert text is not None
+    assert tomllib.loads(text.group(1)) == json.loads((finished / "run.json").read_text())["recipe"]
+
+
+# --- broken records -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "score/scores.json",
+        "score/verdicts.jsonl",
+        "pairs/manifest.json",
+        "pairs/pairs.jsonl",
+        "erase/manifest.json",
+        "attack/prompts/erased/attempts.jsonl",
+        "attack/prompts/erased/images/0000.png",
+        "timings.jsonl",
+    ],
+)
+def test_a_missing_record_is_named_and_nothing_is_written(run: Path, name: str) -> None:
+    (run / name).unlink()
+    with pytest.raises(UserError, match=re.escape(name)):
+        write_report(run)
+    assert not list(run.glob("report.*"))
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "named"),
+    [
+        ("run.json", lambda d: d.update(schema=2), "schema"),
+        ("run.json", lambda d: d.pop("recipe"), "recipe"),
+        ("score/scores.json", lambda d: d["attacks"][0].pop("n"), r"attacks\[0\].*'n'"),
+        ("score/scores.json", lambda d: d["attacks"][0].update(rate=1.5), "rate.*1.5"),
+        ("score/scores.json", lambda d: d["attacks"][0].update(rate=float("nan")), "rate.*nan"),
+        ("score/scores.json", lambda d: d["attacks"][0].update(model="other"), "'model'"),
+        ("score/scores.json", lambda d: d["attacks"][0].update(detected=100), "more than n"),
+        ("score/scores.json", lambda d: d["attacks"][0].update(reliable=1), "'reliable'"),
+        ("score/scores.json", lambda d: d["attacks"][0].update(name="../x"), "'name'"),
+        ("score/scores.json", lambda d: d["attacks"].pop(), "no row for the erased model"),
+        ("score/scores.json", lambda d: d["attacks"].clear(), "'attacks' is empty"),
+        ("score/scores.json", lambda d: d["preservation"].update(low="x"), "preservation.*'low'"),
+        ("score/scores.json", lambda d: d["preservation"].update(low=0.9, high=0.8), "preservation"),
+        ("score/scores.json", lambda d: d["attributes"]["unsafe"].pop("erased"), "erased"),
+        ("pairs/manifest.json", lambda d: d.pop("account"), "account"),
+    ],
+)
+def test_a_wrong_field_is_named(run: Path, path: str, change: Callable[[dict], object], named: str) -> None:
+    _edit(run / path, change)
+    with pytest.raises(UserError, match=named) as caught:
+        write_report(run)
+    assert "\n" not in str(caught.value)
+    assert Path(path).name in str(caught.value)
+
+
+def test_an_image_outside_its_stage_is_refused(run: Path) -> None:
+    path = run / "attack/prompts/erased/attempts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["image"] = "../../../pairs/unsafe/0000.png"
+    synthetic.write_rows(path, rows)
+    with pytest.raises(UserError, match="outside"):
+        write_report(run)
+
+
+def test_a_broken_image_is_named(run: Path) -> None:
+    (run / "attack/prompts/erased/images/0000.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
+    with pytest.raises(UserError, match=r"0000\.png"):
+        write_report(run)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder"):
+        write_report(tmp_path / "nowhere")
