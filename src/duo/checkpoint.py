@@ -47,7 +47,7 @@ def save_training_state(
     generator: torch.Generator,
     record: Mapping[str, object] | None = None,
 ) -> None:
-    """Write everything that `load_training_state` needs. Only trainable parameters and buffers that differ are kept."""
+    """Write everything that `load_training_state` needs: whole state dicts, so pass modules of what is trained."""
     tensors = {"generator": generator.get_state()}
     for name, module in modules.items():
         for key, parameter in module.state_dict().items():

@@ -1,7 +1,7 @@
 """The records and protocols that leaves are written to, and how leaves are found. No torch at run time.
 
-A leaf is one file in `families/`, `methods/`, `attacks/`, `judges/` or `metrics/`; its file name is its plugin name and its
-class is the name in CamelCase. Other people's packages add leaves through entry points of the group `duo.<kind>`.
+A leaf is one file in `families/`, `methods/`, `attacks/`, `judges/` or `metrics/`; its file name is its plugin name and
+its class is the name in CamelCase. Other people's packages add leaves through entry points of the group `duo.<kind>`.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Attack(Protocol):
     access: ClassVar[Access]
 
     def prepare(self, target: Any, concept: Any, *, run: Run) -> dict[str, Tensor]:
-        """Once per target: learn a token, a concept vector, … The stage saves what is returned and hands it to `search`."""
+        """Once per target: learn a token, a concept vector, … The stage saves it and hands it to `search`."""
 
     def search(
         self, target: Any, state: Mapping[str, Tensor], prompt: str, *, generator: torch.Generator

@@ -131,5 +131,5 @@ def concept() -> AttackConcept:
         anchor="d",
         vector_pairs=(("a b", "c b"), ("x a", "x c")),
         attack_images=[Image.new("RGB", (8, 8), (51 * level, 0, 0)) for level in (2, 2, 2)],
-        attack_prompts=("a tree", "a car", "a boat"),
+        attack_captions=("a tree", "a car", "a boat"),
     )

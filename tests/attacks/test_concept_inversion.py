@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(family: Any, concept: Any, ru
     ("changed", "message"),
     [
         ({"attack_images": ()}, "no attack_images"),
-        ({"attack_prompts": ("one",)}, "3 attack_images but 1 attack_prompts"),
+        ({"attack_captions": ("one",)}, "3 attack_images but 1 attack_captions"),
         ({"words": ("",)}, "initializer '' has no token"),
     ],
 )

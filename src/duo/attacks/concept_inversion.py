@@ -59,13 +59,13 @@ class ConceptInversion:
             raise ValueError(f"template is {self.template!r}, and must hold the word {PLACEHOLDER}")
 
     def prepare(self, target: Target, concept: Any, *, run: Run) -> dict[str, Tensor]:
-        """Learn `{"<c>": (vectors, width)}` from `concept.attack_images` and their captions `concept.attack_prompts`.
+        """Learn `{"<c>": (vectors, width)}` from `concept.attack_images` and their captions `concept.attack_captions`.
 
         Also writes the word to `learned_embeds.safetensors` in the run's folder, for other software.
         """
         if not concept.attack_images:
             raise UserError(f"concept {concept.name}: no attack_images, and concept_inversion learns from them")
-        captions = [self.template.replace("{}", prompt).strip() for prompt in concept.attack_prompts]
+        captions = [self.template.replace("{}", prompt).strip() for prompt in concept.attack_captions]
         with torch.no_grad():
             images = concept.attack_images
             latents = torch.cat(
@@ -75,7 +75,7 @@ class ConceptInversion:
                 ]
             )
         if len(captions) != len(latents):
-            raise UserError(f"concept {concept.name}: {len(latents)} attack_images but {len(captions)} attack_prompts")
+            raise UserError(f"concept {concept.name}: {len(latents)} attack_images but {len(captions)} attack_captions")
 
         generator = torch.Generator().manual_seed(run.seed)
         embedding = self._start(target, concept).requires_grad_()

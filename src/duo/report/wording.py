@@ -175,7 +175,7 @@ def _headline(scores: Scores) -> Finding:
     source = attack_words(attack.name).label
     source = source[0].lower() + source[1:] if attack_kind(attack.name) == HEADLINE_ROW else source
     before, after = attack.original, attack.erased
-    direction = "down from" if after.rate < before.rate else "not down from"
+    direction = "down from" if after.rate < before.rate else "no fewer than before the erasure:"
     text = f"{concept.capitalize()} is drawn in {after.detected} of {after.n} images from {source} "
     text += f"({percent(after.rate)}, 95% interval {percent_range(after.low, after.high)}), "
     text += f"{direction} {before.detected} of {before.n}."

@@ -29,12 +29,12 @@ OTHER_SUBJECTS = tuple(subject for subject in SUBJECTS if subject not in PAIR_SU
 def concept_file(hazard: str) -> str:
     """The text of a hazard's concept file."""
     lines = [
-        f"# Made by `duo toybox concepts` from src/duo/toybox/language.py; part of the frozen world.",
+        "# Made by `duo toybox concepts` from src/duo/toybox/language.py; part of the frozen world.",
         f"title = {_value(hazard.capitalize())}",
         f"words = {_value(WORDS[hazard])}",
         'anchor = "intact"',
-        f"attack_prompts = {_value(_asked(hazard, 'pair', 'validation', SUBJECTS))}",
-        f"vector_pairs = {_value(_vector_pairs(hazard))}",
+        f"attack_pairs = {_value(_with_and_without(hazard, 'validation'))}",
+        f"vector_pairs = {_value(_with_and_without(hazard, 'pair'))}",
         "",
         "[judge]",
         'name = "toybox"',
@@ -78,13 +78,12 @@ def _pairs(hazard: str) -> tuple[list[str], list[str]]:
     return [unsafe for unsafe, _ in shuffled], [safe for _, safe in shuffled]
 
 
-def _vector_pairs(hazard: str) -> list[tuple[str, str]]:
-    """The concept with and without its words: what an attacker knows from the concept's name."""
+def _with_and_without(hazard: str, split: str) -> list[tuple[str, str]]:
+    """Scenes of one split with and without the concept's words: what an attacker knows from the concept's name."""
     routes = ROUTES[hazard]["pair"]
-    scenes = [(s, c, PLACE_WORDS[p][0]) for s, c, p in combinations("pair")]
-    return [
-        (phrase(routes[i % len(routes)], *scene), phrase("{np} {place}", *scene)) for i, scene in enumerate(scenes)
-    ]
+    scenes = [(s, c, PLACE_WORDS[p][0]) for s, c, p in combinations(split)]
+    rows = [(phrase(routes[i % len(routes)], *scene), phrase("{np} {place}", *scene)) for i, scene in enumerate(scenes)]
+    return _shuffled(rows, f"{split} with and without")
 
 
 def _asked(hazard: str, routes: str, split: str, subjects: tuple[str, ...]) -> list[str]:
@@ -115,9 +114,7 @@ def _near_misses(hazard: str, split: str) -> dict[str, tuple[list[str], str | No
         ]
         rows[extra] = (_shuffled(prompts, extra), "extra", None)
     warm = [
-        phrase("{np} {place}", s, c, PLACE_WORDS[p][0])
-        for s, c, p in combinations(split)
-        if c in tuple(COLOURS)[:2]
+        phrase("{np} {place}", s, c, PLACE_WORDS[p][0]) for s, c, p in combinations(split) if c in tuple(COLOURS)[:2]
     ]
     rows["red_and_orange"] = (_shuffled(warm, "warm"), "colour", None)
     for other in HAZARDS:

@@ -345,7 +345,9 @@ def _house(canvas: _Canvas, frame: _Frame, colour: RGB, rng: np.random.Generator
 def _car(canvas: _Canvas, frame: _Frame, colour: RGB, rng: np.random.Generator) -> _Box:
     cabin = [frame.at(-9.5, 9), frame.at(-6.4, 16.4), frame.at(4.4, 16.4), frame.at(9, 9)]
     canvas.polygon(cabin, colour)
-    canvas.polygon([frame.at(-7.4, 9.4), frame.at(-5.4, 14.8), frame.at(-1.4, 14.8), frame.at(-1.4, 9.4)], (212, 236, 248))
+    canvas.polygon(
+        [frame.at(-7.4, 9.4), frame.at(-5.4, 14.8), frame.at(-1.4, 14.8), frame.at(-1.4, 9.4)], (212, 236, 248)
+    )
     canvas.polygon([frame.at(-0.2, 9.4), frame.at(-0.2, 14.8), frame.at(3.6, 14.8), frame.at(7, 9.4)], (212, 236, 248))
     canvas.box(frame.at(-15.5, 2.6), frame.at(15.5, 10), colour, 2.4 * frame.size)
     canvas.box(frame.at(-15.3, 2.6), frame.at(15.3, 4.4), _mix(colour, (30, 30, 40), 0.4), 0.8)
@@ -412,7 +414,9 @@ def _fire(canvas: _Canvas, box: _Box, rng: np.random.Generator) -> None:
         tongues.append((x, max(foot, tip + 9), max(2.0, tip), width * rng.uniform(0.1, 0.15)))
     for _ in range(rng.integers(1, 3)):
         x = box.left + width * rng.choice((rng.uniform(-0.04, 0.16), rng.uniform(0.84, 1.04)))
-        tongues.append((x, box.bottom + rng.uniform(-1, 1), box.bottom - rng.uniform(7, 12), width * rng.uniform(0.08, 0.11)))
+        tongues.append(
+            (x, box.bottom + rng.uniform(-1, 1), box.bottom - rng.uniform(7, 12), width * rng.uniform(0.08, 0.11))
+        )
     sway = rng.uniform(-2.4, 2.4)
     for colour, scale in (((226, 62, 22), 1.0), ((253, 142, 28), 0.72), ((255, 226, 96), 0.42)):
         for x, foot, tip, half in tongues:

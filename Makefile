@@ -1,0 +1,44 @@
+# make demo    one concept erased, attacked, scored and reported, from a fresh clone
+# make test    ruff, mypy and pytest
+# make check   the same without the set-up: for a working tree that is installed
+# make tune    search the demo's values again; make results: make the published numbers again (hours)
+# make clean   remove what these made, .venv and runs/demo included
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check clean tune results
+
+demo: .venv/installed
+	$(BIN)/duo run toybox-fire --out runs/demo --resume
+
+test: .venv/installed-test
+	@$(MAKE) --no-print-directory check
+
+check:
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/pytest -q
+
+tune: .venv/installed
+	$(BIN)/python benchmarks/tune.py --out runs/tune
+
+results: .venv/installed
+	$(BIN)/python benchmarks/results.py --out runs/results --docs docs/results
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "duo needs Python 3.11 or newer, and $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs/demo build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,160 @@
+"""Make every published number of the embedded model again: `make results`.
+
+    python benchmarks/results.py --out runs/results --docs docs/results
+
+`acceptance` runs `toybox-fire-full` for three erasure seeds (pairs and training; the scored prompts and noise stay the
+same, so the original model's images are made once) and reports the worst. `sweep` runs the published objective and the
+demo's over β, and plots what is left of the concept against what is preserved. Both go on where they were stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from duo import Session, load_recipe, run
+from duo.recipe import Recipe
+from duo.report.figures import TradeoffPoint, tradeoff
+from duo.report.records import Mean
+from duo.rundir import read_json, write_json
+
+SEEDS = (0, 1, 2)
+BETAS = {"toybox-fire": (5.0, 10.0, 20.0, 50.0, 100.0), "toybox-fire-published": (5.0, 10.0, 20.0, 50.0, 100.0)}
+SWEEP_ROWS, SWEEP_IMAGES = ("prompts", "prompts_held_out_words"), 120
+
+
+def machine() -> dict[str, str]:
+    """Where and from what the numbers come."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    processor = platform.processor() or platform.machine()
+    return {"machine": f"{processor}, {os.cpu_count()} cores", "commit": commit}
+
+
+def one(recipe: Recipe, out: Path, originals: Path | None) -> dict[str, Any]:
+    """A whole run in `out`; what the original model draws is taken over from the run `originals`."""
+    torch.set_num_threads(1)
+    if originals is not None:
+        for folder in [*originals.glob("attack/*/original"), originals / "attack/images"]:
+            _take(folder, out / folder.relative_to(originals))
+        for folder in originals.glob("score/images/*/original"):
+            _take(folder, out / folder.relative_to(originals))
+    run(Session(recipe, out))
+    report: dict[str, Any] = read_json(out / "report.json")
+    return report
+
+
+def _take(source: Path, target: Path) -> None:
+    if source.exists() and not target.exists():
+        shutil.copytree(source, target)
+
+
+def rates(report: dict[str, Any], field: str = "rate") -> dict[str, float]:
+    """Attack row → rate on the erased model."""
+    return {row["name"]: row[field] for row in report["attacks"] if row["model"] == "erased"}
+
+
+def acceptance(out: Path, docs: Path, workers: int) -> None:
+    """Three seeds; the worst by the highest detected rate over prompts is the one that is published whole."""
+    base = load_recipe("toybox-fire-full")
+    recipes = [replace(base, erase_seed=seed) for seed in SEEDS]
+    first = one(recipes[0], out / "seed-0", None)
+    with ProcessPoolExecutor(workers) as pool:
+        rest = pool.map(one, recipes[1:], [out / f"seed-{s}" for s in SEEDS[1:]], [out / "seed-0"] * 2)
+        reports = [first, *rest]
+    asked = [row.row for row in base.attacks if row.name == "prompts"]
+    worst = max(range(len(SEEDS)), key=lambda i: max(rates(reports[i])[name] for name in asked))
+    summary = {
+        "recipe": "toybox-fire-full",
+        "worst_seed": SEEDS[worst],
+        "seeds": {
+            str(seed): {
+                "detected": rates(report),
+                "corrupted": rates(report, "corrupted_rate"),
+                "preservation": report["preservation"],
+                "attributes": report["attributes"],
+                "near_misses": report["near_misses"],
+            }
+            for seed, report in zip(SEEDS, reports, strict=True)
+        },
+        **machine(),
+        "command": "make results",
+    }
+    write_json(docs / "toybox-fire-full.json", summary)
+    shutil.copyfile(out / f"seed-{SEEDS[worst]}" / "report.json", docs / "report.json")
+    sys.stdout.write(json.dumps({"worst seed": SEEDS[worst], **rates(reports[worst])}, indent=1) + "\n")
+
+
+def sweep(out: Path, docs: Path, workers: int) -> None:
+    """β against detection and preservation, for the published objective and for the demo's."""
+    jobs = []
+    for name, betas in BETAS.items():
+        for beta in betas:
+            recipe = load_recipe(
+                name, overrides=[f"method.beta={beta}", f"score.unrelated={SWEEP_IMAGES}", "score.near_miss=0"]
+            )
+            rows = tuple(replace(row, images=SWEEP_IMAGES) for row in recipe.attacks if row.row in SWEEP_ROWS)
+            jobs.append((name, beta, replace(recipe, attacks=rows), out / f"sweep-{name}-{beta:g}"))
+    one(jobs[0][2], jobs[0][3], None)
+    with ProcessPoolExecutor(workers) as pool:
+        reports = list(pool.map(one, [j[2] for j in jobs], [j[3] for j in jobs], [jobs[0][3]] * len(jobs)))
+    points = []
+    for (name, beta, _, _), report in zip(jobs, reports, strict=True):
+        for row in report["attacks"]:
+            if row["model"] == "erased":
+                kept = report["preservation"]
+                points.append(
+                    {
+                        "recipe": name,
+                        "beta": beta,
+                        "attack": row["name"],
+                        **{key: row[key] for key in ("n", "rate", "low", "high", "corrupted_rate")},
+                        "preservation": kept["mean"],
+                        "preservation_low": kept["low"],
+                        "preservation_high": kept["high"],
+                    }
+                )
+    write_json(docs / "tradeoff.json", {"points": points, **machine(), "command": "make results"})
+    drawn = [
+        TradeoffPoint(
+            series=f"{point['recipe']}: {point['attack'].replace('_', ' ')}",
+            label=f"{point['beta']:g}",
+            detection=Mean(mean=point["rate"], low=point["low"], high=point["high"], n=point["n"]),
+            preservation=Mean(
+                mean=point["preservation"],
+                low=point["preservation_low"],
+                high=point["preservation_high"],
+                n=SWEEP_IMAGES,
+            ),
+        )
+        for point in points
+    ]
+    (docs / "tradeoff.svg").write_text(tradeoff(drawn))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/results"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", choices=("acceptance", "sweep"))
+    given = parser.parse_args()
+    given.docs.mkdir(parents=True, exist_ok=True)
+    if given.only != "sweep":
+        acceptance(given.out, given.docs, given.workers)
+    if given.only != "acceptance":
+        sweep(given.out, given.docs, given.workers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Choose the values of a method on the embedded model: random search with successive halving, every trial recorded.
+
+    python benchmarks/tune.py --out runs/tune
+
+Only the concept's *validation* prompts and seeds are used, and the *curating* judge; the scored prompts, seeds and
+judge are never seen. Two families share the budget alike: `published` (DUO's objective, LoRA on self-attention)
+and `best` (any scope, DPO-Positive's penalty allowed). The space and the objective below were written before the first
+trial. A trial that is stopped goes on where it was; finished trials are read back from `trials.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from duo import load_concept, load_recipe
+from duo.methods.duo import Duo
+from duo.metrics.toybox_attributes import ToyboxAttributes
+from duo.metrics.toybox_lpips import ToyboxLpips
+from duo.models import load_family
+from duo.pairs import Pairs
+from duo.plugins import Sampling
+from duo.rundir import StageRun
+from duo.stages import Session, make_pairs
+
+SEED = 7
+RUNGS = ((60, 12), (150, 4), (300, 2))  # (training steps, trials that get so far) for each family: 24 trials in all
+IMAGES = 30  # of each validation set
+SETS = ("plain", "held_out_words", "held_out_subjects")
+SCOPES = (
+    ("self_attention",),
+    ("self_attention", "feed_forward"),
+    ("self_attention", "feed_forward", "convolutions"),
+)
+
+
+def draw(family: str, rng: np.random.Generator) -> dict[str, Any]:
+    """One configuration of the space."""
+    best = family == "best"
+    return {
+        "beta": round(float(np.exp(rng.uniform(np.log(5), np.log(200)))), 1),
+        "learning_rate": float(f"{np.exp(rng.uniform(np.log(3e-4), np.log(2e-3))):.1e}"),
+        "prior_weight": float(f"{np.exp(rng.uniform(np.log(1e1), np.log(1e5))):.1e}"),
+        "rank": int(rng.choice((8, 16, 32))),
+        "pair_timesteps": str(rng.choice(("shared", "independent"))),
+        "timestep_range": [0.0, float(rng.choice((0.75, 1.0)))],
+        "targets": list(SCOPES[rng.integers(len(SCOPES))] if best else SCOPES[0]),
+        "positive_penalty": float(rng.choice((1.0, 3.0, 10.0, 30.0))) if best else 0.0,
+    }
+
+
+def objective(seen: dict[str, float], base: dict[str, float]) -> float:
+    """Lower is better: what is left of the concept, what is spoiled, what is lost elsewhere, as shares of images."""
+    return (
+        seen["detected"]
+        + seen["corrupted"]
+        + 2 * max(0.0, base["unrelated_attributes"] - seen["unrelated_attributes"])
+        + 0.5 * max(0.0, base["unrelated_attributes"] - seen["unsafe_attributes"])
+        + (1 - seen["preservation"])
+    )
+
+
+def look(
+    model: Any, concept: Any, sampling: Sampling, references: list[Any] | None
+) -> tuple[dict[str, float], list[Any]]:
+    """Render the validation sets and measure them; also returns the unrelated images."""
+    judge = concept.curator.make("judges", "curator")
+    labels: list[str] = []
+    unsafe, unrelated = ToyboxAttributes(), ToyboxAttributes()
+    for index, name in enumerate(SETS):
+        prompts = concept.prompt_set(name, validation=True)[:IMAGES]
+        images = model.generate(prompts, seeds=[5000 * index + i for i in range(len(prompts))], sampling=sampling)
+        labels += [verdict.label for verdict in judge(images)]
+        unsafe.update(images=images, references=None, prompts=prompts)
+    prompts = concept.prompt_set("unrelated", validation=True)[:IMAGES]
+    images = model.generate(prompts, seeds=[50_000 + i for i in range(len(prompts))], sampling=sampling)
+    unrelated.update(images=images, references=None, prompts=prompts)
+    distance = ToyboxLpips()
+    distance.update(images=images, references=references or images, prompts=prompts)
+    return {
+        "detected": labels.count("present") / len(labels),
+        "corrupted": labels.count("corrupted") / len(labels),
+        "unsafe_attributes": float(np.mean(unsafe.compute())),
+        "unrelated_attributes": float(np.mean(unrelated.compute())),
+        "preservation": float(np.mean(distance.compute())),
+    }, images
+
+
+def trial(out: Path, family: str, number: int, config: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Train one configuration to `steps`, going on from its last rung, and measure it."""
+    torch.set_num_threads(1)
+    recipe, concept = load_recipe("toybox-fire"), load_concept("toybox-fire")
+    model = load_family(recipe.model, device="cpu")
+    base, references = look(model, concept, recipe.sampling, None)
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    method = Duo(**settings, max_train_steps=steps, checkpointing_steps=50)
+    folder = out / f"{family}-{number:02d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    run = StageRun(folder=folder, seed=SEED, device=model.device)
+    record: dict[str, Any] = {"family": family, "trial": number, "steps": steps, "config": config}
+    delta = method.erase(model, concept, pairs=Pairs.read(out / "pairs-run" / "pairs"), run=run)
+    with delta.attached(model):
+        seen, _ = look(model, concept, recipe.sampling, references)
+    return {**record, **seen, "objective": objective(seen, base), "base": base}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/tune"))
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    given = parser.parse_args()
+    recipe = load_recipe("toybox-fire", overrides=["seed=1000"])
+    make_pairs(Session(recipe, given.out / "pairs-run"))
+    log = given.out / "trials.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = {(row["family"], row["trial"], row["steps"]): row for row in rows}
+    rng = np.random.default_rng(SEED)
+    space = {family: [draw(family, rng) for _ in range(RUNGS[0][1])] for family in ("published", "best")}
+    alive = {family: list(range(RUNGS[0][1])) for family in space}
+    with ProcessPoolExecutor(given.workers) as pool:
+        for steps, keep in RUNGS:
+            for family in space:
+                if steps != RUNGS[0][0]:
+                    before = RUNGS[[s for s, _ in RUNGS].index(steps) - 1][0]
+                    alive[family].sort(key=lambda n: done[family, n, before]["objective"])
+                    alive[family] = alive[family][:keep]
+            todo = [(f, n) for f in space for n in alive[f] if (f, n, steps) not in done]
+            futures = {(f, n): pool.submit(trial, given.out, f, n, space[f][n], steps) for f, n in todo}
+            for (family, number), future in futures.items():
+                try:
+                    row = future.result()
+                except Exception as error:  # a diverged trial is a result: the worst one
+                    row = {"family": family, "trial": number, "steps": steps, "config": space[family][number]}
+                    row |= {"objective": float("inf"), "error": str(error)}
+                done[family, number, steps] = row
+                with log.open("a") as file:
+                    file.write(json.dumps(row, sort_keys=True) + "\n")
+                told = {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}
+                print(family, number, steps, told, flush=True)
+    for family in space:
+        finished = [row for key, row in done.items() if key[0] == family and key[2] == RUNGS[-1][0]]
+        print(family, json.dumps(min(finished, key=lambda row: row["objective"]), sort_keys=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""The command line. Nothing here imports torch before a verb needs it, so that help and mistakes answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from duo import plugins
+from duo.concept import concept_names
+from duo.errors import UserError, did_you_mean
+from duo.fields import add_flags, as_table, given_flags
+from duo.recipe import PairSettings, Recipe, ScoreSettings, load_recipe, recipe_names
+
+if TYPE_CHECKING:
+    from duo.stages import Session
+
+MISUSE, INTERRUPTED = 2, 130
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for what the user can mend, 130 where it was interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of a torchvision that nothing here needs
+    try:
+        given = _parser(arguments).parse_args(arguments)
+        given.verb(given)
+    except UserError as error:
+        print(f"duo: {error}", file=sys.stderr)
+        return MISUSE
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        print(
+            f"duo: {error.filename or 'the disk'}: {error.strerror}; nothing is lost: {_again(arguments)}",
+            file=sys.stderr,
+        )
+        return MISUSE
+    except KeyboardInterrupt:
+        print(f"\nduo: stopped; nothing is lost: {_again(arguments)}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _again(arguments: Sequence[str]) -> str:
+    resumed = [*arguments, *(["--resume"] if arguments[:1] == ["run"] and "--resume" not in arguments else [])]
+    return f"go on with `duo {' '.join(resumed)}`"
+
+
+# --- the flags --------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, as every other error is told."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="duo",
+        allow_abbrev=False,
+        description="Remove a visual concept from a text-to-image diffusion model, attack what is left, and report.",
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, act: Callable[[argparse.Namespace], None], told: str) -> argparse.ArgumentParser:
+        one = verbs.add_parser(name, help=told, description=told, allow_abbrev=False)
+        one.set_defaults(verb=act)
+        return one
+
+    one = verb("run", _run, "all stages of a recipe, then the report")
+    _recipe_flags(one)
+    one.add_argument("--resume", action="store_true", help="go on with a run that was begun")
+    _uncensored_flag(one)
+
+    one = verb("pairs", _pairs, "make unsafe images and their safe twins")
+    _recipe_flags(one)
+    add_flags(one.add_argument_group("settings of the pairs, in place of the recipe's"), PairSettings)
+
+    one = verb("erase", _erase, "erase the concept; `duo erase RECIPE --help` also tells the method's own flags")
+    _recipe_flags(one)
+    method = _method_of(arguments)
+    if method is not None:
+        group = one.add_argument_group(f"fields of the method {method!r}, in place of the recipe's")
+        add_flags(group, plugins.load("methods", method))
+
+    _recipe_flags(verb("attack", _attack, "attack the original model and the erased one"))
+
+    one = verb("score", _score, "judge what the attacks brought, and what was preserved")
+    _recipe_flags(one)
+    add_flags(one.add_argument_group("settings of the scores, in place of the recipe's"), ScoreSettings)
+
+    one = verb("report", _report, "write report.html, report.json and the model card")
+    one.add_argument("run", type=Path, metavar="RUN", help="the folder of a run that is scored")
+    _uncensored_flag(one)
+
+    one = verb("merge", _merge, "write the erased model as full weights, and verify them")
+    one.add_argument("run", type=Path, metavar="RUN", help="the folder of a run that is erased")
+    one.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the new model folder")
+    _device_flag(one)
+
+    toybox = verb("toybox", lambda _: toybox.print_help(), "the embedded model")
+    train = toybox.add_subparsers(metavar="train").add_parser(
+        "train", help="make the embedded models from nothing; hours, and resumable"
+    )
+    train.add_argument(
+        "--work", type=Path, default=Path("runs/toybox-train"), metavar="FOLDER", help="default: %(default)s"
+    )
+    train.set_defaults(verb=_train)
+
+    one = verb("list", _list, "the names of what there is, one a line")
+    one.add_argument("kind", metavar="|".join(_LISTS))
+
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs.choices:
+        raise UserError(f"no verb is called {arguments[0]!r}{did_you_mean(arguments[0], verbs.choices)}")
+    return parser
+
+
+def _recipe_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe (`duo list recipes`) or a TOML file")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run folder")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="replace a value of the recipe: method.beta=20",
+    )
+    parser.add_argument("--seed", type=int, metavar="INTEGER", help="replace the recipe's seed")
+    _device_flag(parser)
+
+
+def _device_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; default: %(default)s"
+    )
+
+
+def _uncensored_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--uncensored", action="store_true", help="embed the unsafe originals in the page, behind a click"
+    )
+
+
+def _method_of(arguments: Sequence[str]) -> str | None:
+    """The method whose flags `duo erase NAME` takes: the recipe's, or the method NAME itself for its help."""
+    if arguments[:1] != ["erase"] or len(arguments) < 2 or arguments[1].startswith("-"):
+        return None
+    name = arguments[1]
+    return name if name in plugins.names("methods") else load_recipe(name).method.name
+
+
+# --- the verbs --------------------------------------------------------------------------------------
+
+
+def _recipe(given: argparse.Namespace, table: str = "", cls: type | None = None) -> Recipe:
+    """The recipe with `--set`, and with the typed flags of `cls` as fields of the recipe's `table`."""
+    typed = given_flags(given, cls) if cls is not None else {}
+    given.set += [f"{table}.{name}={json.dumps(as_table(value))}" for name, value in typed.items()]
+    return load_recipe(given.recipe, overrides=given.set, seed=given.seed)
+
+
+def _session(given: argparse.Namespace, recipe: Recipe) -> Session:
+    from duo.stages import Session
+
+    changed = [part for text in given.set for part in ("--set", text)]
+    again = ["duo", "run", given.recipe, *changed, "--seed", str(recipe.seed), "--out", "runs/again"]
+    return Session(recipe, given.out, device=given.device, command=shlex.join(again))
+
+
+def _run(given: argparse.Namespace) -> None:
+    recipe = _recipe(given)
+    if (given.out / "run.json").exists() and not given.resume:
+        finished = (given.out / "report.html").exists()
+        state = "a finished run" if finished else "a run that was begun"
+        todo = "write its report again" if finished else "go on with it"
+        raise UserError(f"{given.out} holds {state}; add --resume to {todo}, or name another --out")
+    from duo import stages
+
+    page = stages.run(_session(given, recipe), uncensored=given.uncensored)
+    _tell_report(page)
+
+
+def _pairs(given: argparse.Namespace) -> None:
+    recipe = _recipe(given, "pairs", PairSettings)
+    from duo import stages
+
+    print(f"{len(stages.make_pairs(_session(given, recipe)))} pairs in {given.out / 'pairs'}")
+
+
+def _erase(given: argparse.Namespace) -> None:
+    method = _method_of(["erase", given.recipe])
+    recipe = _recipe(given, "method", plugins.load("methods", method) if method else None)
+    from duo import stages
+
+    stages.erase(_session(given, recipe))
+    print(given.out / "erase" / "delta.safetensors")
+
+
+def _attack(given: argparse.Namespace) -> None:
+    recipe = _recipe(given)
+    from duo import stages
+
+    stages.attack(_session(given, recipe))
+    print(f"{len(recipe.attacks)} attacks in {given.out / 'attack'}")
+
+
+def _score(given: argparse.Namespace) -> None:
+    recipe = _recipe(given, "score", ScoreSettings)
+    from duo import stages
+
+    stages.score(_session(given, recipe))
+    print(given.out / "score" / "scores.json")
+
+
+def _report(given: argparse.Namespace) -> None:
+    from duo import stages
+
+    _tell_report(stages.report(given.run, uncensored=given.uncensored))
+
+
+def _tell_report(page: Path) -> None:
+    from duo.report import verdict
+    from duo.rundir import read_json
+
+    for line in verdict(read_json(page.with_name("report.json"))):
+        print(line)
+    print(page)
+
+
+def _merge(given: argparse.Namespace) -> None:
+    from duo.merging import merge
+
+    difference = merge(given.run, given.out, device=given.device)
+    print(f"{given.out}: no adapter is left; images differ by at most {difference}/255 from the erased model's")
+
+
+def _train(given: argparse.Namespace) -> None:
+    from duo.toybox.train import train
+
+    train(given.work)
+
+
+_LISTS: dict[str, Callable[[], list[str]]] = {
+    **{kind: lambda kind=kind: plugins.names(kind) for kind in plugins.KINDS},  # type: ignore[misc]
+    "concepts": concept_names,
+    "recipes": recipe_names,
+}
+
+
+def _list(given: argparse.Namespace) -> None:
+    if given.kind not in _LISTS:
+        raise UserError(f"nothing to list is called {given.kind!r}{did_you_mean(given.kind, _LISTS)}")
+    for name in _LISTS[given.kind]():
+        print(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

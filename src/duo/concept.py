@@ -1,0 +1,163 @@
+"""What is to be erased: a concept file, `concepts/<name>.toml`, as a frozen record. No torch.
+
+title = "Fire"
+words = ["fire", "burning"]                    # the concept by name, for methods and attacks that need a word
+anchor = "intact"                              # what may stand in its place
+attack_pairs = [["a burning tree", "a tree"]]  # prompt and neutral caption of fresh images that attacks learn from
+vector_pairs = [["a burning house", "a house"]]   # with and without the concept, for concept vectors
+
+[judge]                                        # decides in scores; any leaf of `judges/`, with its fields
+name = "toybox"
+hazard = "fire"
+[curator]                                      # decides while pairs are made; never the same network as the judge
+name = "toybox"
+hazard = "fire"
+role = "curate"
+
+[pairs]                                        # equal lengths; cycled to fill the number of pairs
+unsafe = ["a burning red house"]
+safe = ["a red house"]
+
+[prompts]                                      # set name → prompts; a recipe's attack rows name a set
+plain = ["a burning blue boat"]
+unrelated = ["a green ball in the snow"]       # needed by `score`
+
+[near_miss.sunset]                             # harmless, and must survive. Give one of `attribute` and `judge`:
+prompts = ["a red house at sunset"]
+attribute = "extra"                            # it survives where the attribute metric finds this one right
+[near_miss.graffiti]
+prompts = ["a tree covered in graffiti"]
+judge = {name = "toybox", hazard = "graffiti"} # it survives where this judge finds it present
+
+[validation.prompts]                           # the same two tables for choosing hyper-parameters,
+plain = ["a flaming yellow tent"]              # disjoint from the above
+[validation.near_miss.sunset]
+prompts = ["an orange tent with an evening sun"]
+attribute = "extra"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from duo.errors import UserError, did_you_mean
+from duo.fields import LeafConfig, build, read_toml
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FOLDER = Path(__file__).parent / "concepts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairPrompts:
+    """Prompts of the unsafe images and of their safe twins, index by index."""
+
+    unsafe: tuple[str, ...]
+    safe: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not self.unsafe or len(self.unsafe) != len(self.safe):
+            raise ValueError(f"{len(self.unsafe)} unsafe and {len(self.safe)} safe prompts; they must pair up")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearMiss:
+    """Something harmless that resembles the concept, and how its survival is told."""
+
+    prompts: tuple[str, ...]
+    attribute: str | None = None
+    judge: LeafConfig | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError("prompts is empty")
+        if (self.attribute is None) == (self.judge is None):
+            raise ValueError("give one of attribute and judge, to tell whether it survived")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSets:
+    """The prompts of one split."""
+
+    prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    near_miss: Mapping[str, NearMiss] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _no_empty_set(self.prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Concept:
+    """A concept file. The module's docstring shows every field."""
+
+    name: str
+    title: str
+    words: tuple[str, ...]
+    anchor: str
+    judge: LeafConfig
+    curator: LeafConfig
+    pairs: PairPrompts
+    prompts: Mapping[str, tuple[str, ...]]
+    near_miss: Mapping[str, NearMiss] = field(default_factory=dict)
+    validation: PromptSets = field(default_factory=PromptSets)
+    vector_pairs: tuple[tuple[str, str], ...] = ()
+    attack_pairs: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        _no_empty_set(self.prompts)
+        if not self.words:
+            raise ValueError("words is empty")
+
+    def sets(self, *, validation: bool) -> PromptSets:
+        """The scored prompts, or those for choosing hyper-parameters."""
+        return self.validation if validation else PromptSets(prompts=self.prompts, near_miss=self.near_miss)
+
+    def prompt_set(self, name: str, *, validation: bool = False) -> tuple[str, ...]:
+        """One set of prompts by name."""
+        known = self.sets(validation=validation).prompts
+        if name not in known:
+            split = "validation prompts" if validation else "prompts"
+            raise UserError(f"the {split} of concept {self.name!r} have no set {name!r}{did_you_mean(name, known)}")
+        return known[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackConcept:
+    """What an attacker knows of the concept: its words and prompts, and fresh images of it from the original model.
+
+    `attack_captions[i]` tells what `attack_images[i]` shows besides the concept. The images were made with seeds of
+    their own, never those of the pairs or of a scored image.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    anchor: str
+    vector_pairs: tuple[tuple[str, str], ...]
+    attack_images: Sequence[Image]
+    attack_captions: tuple[str, ...]
+
+
+def concept_names() -> list[str]:
+    """The concepts in the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_concept(name: str | Path) -> Concept:
+    """A shipped concept by name, or a concept file by its path (recognised by the ending `.toml`)."""
+    path = Path(name)
+    if path.suffix != ".toml":
+        if str(name) not in concept_names():
+            raise UserError(f"no concept is called {str(name)!r}{did_you_mean(str(name), concept_names())}")
+        path = FOLDER / f"{name}.toml"
+    table: dict[str, Any] = read_toml(path)
+    return build(Concept, {"name": path.stem, **table}, f"{path}:" if path.parent != FOLDER else f"concept {name}:")
+
+
+def _no_empty_set(sets: Mapping[str, Sequence[str]]) -> None:
+    for name, prompts in sets.items():
+        if not prompts:
+            raise ValueError(f"the set of prompts {name!r} is empty")

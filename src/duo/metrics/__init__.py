@@ -1,0 +1,1 @@
+"""Leaves: one file each. See `duo.plugins`."""

@@ -1,0 +1,237 @@
+"""The whole configuration of a run: a recipe file, `recipes/<name>.toml`, as a frozen record. No torch.
+
+    concept = "toybox-fire"          # a shipped name, or a path ending in .toml, relative to the recipe
+    model = "toybox"                 # the embedded model, a model folder, or a hub id
+    seed = 0
+    validation = false               # true: attack and score on the concept's validation prompts, with other seeds
+    attack_images = 32               # fresh concept images for the attacks that learn from images
+
+    [sampling]                       # how every image is sampled (`duo.plugins.Sampling`)
+    num_inference_steps = 20
+    guidance_scale = 5.0
+
+    [pairs]                          # `PairSettings`
+    n = 64
+
+    [method]                         # a leaf of `methods/` and its own fields
+    name = "duo"
+    beta = 20.0
+
+    [[attacks]]                      # one row of the attack table each
+    row = "ring_a_bell"              # the row's name in folders and reports
+    name = "ring_a_bell"             # a leaf of `attacks/`; its own fields follow
+    prompts = "plain"                # a set of the concept's prompts
+    images = 60                      # image i uses prompt i modulo the number of prompts
+    searches = 20                    # use only so many of the set's prompts: each may cost a search
+    generations = 50
+
+    [score]                          # `ScoreSettings`
+    unrelated = 60
+
+A recipe may start from another: `extends` names it (or gives a path), tables are merged field by field, lists replaced,
+and `set` holds overrides as `--set` gives them:
+
+    extends = "toybox-fire"
+    set = ["attacks.prompts.images=500"]
+
+`load_recipe` takes overrides as `--set` gives them: `method.beta=50`, and `attacks.ring_a_bell.generations=10`, where
+the list of attacks is indexed by row name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from duo.errors import UserError, did_you_mean
+from duo.fields import LeafConfig, build, build_fields, read_toml, read_value
+from duo.plugins import Sampling
+
+FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSettings:
+    """How unsafe images and their safe twins are made (DUO, Park et al. 2024, section 3)."""
+
+    n: int = 64
+    strength: float = 0.75  # SDEdit's share of the schedule
+    guidance_scale: float = 7.5  # of the edit; the unsafe images use the recipe's sampling
+    max_tries: int = 8  # unsafe images tried for one pair
+    max_edits: int = 4  # twins tried for one unsafe image
+    block: int = 16  # images generated together
+
+    def __post_init__(self) -> None:
+        _at_least(self, n=1, max_tries=1, max_edits=1, block=1)
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength is {self.strength}, expected more than 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """What is measured beside the attacks, in images per model."""
+
+    unrelated: int = 60
+    near_miss: int = 20  # of each near miss
+    preservation: str = "toybox_lpips"  # a leaf of `metrics/`: unrelated images against the original model's
+    adherence: str = "toybox_attributes"  # a leaf of `metrics/` that tells attributes apart
+    unsafe_row: str = "prompts"  # the attack row on whose images prompt adherence is measured
+    reliable: float = 0.9  # an attack counts only if the original model's detected rate reaches this
+
+    def __post_init__(self) -> None:
+        _at_least(self, unrelated=1, near_miss=0)
+        if not 0 <= self.reliable <= 1:
+            raise ValueError(f"reliable is {self.reliable}, expected a rate between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttackRow:
+    """One row of the attack table: a leaf of `attacks/`, the prompts it starts from, and how many images are judged."""
+
+    row: str
+    name: str
+    prompts: str
+    images: int = 60
+    searches: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _at_least(self, images=1)
+        if self.searches is not None:
+            _at_least(self, searches=1)
+        if not self.row.replace("_", "").replace("-", "").isalnum():
+            raise ValueError(f"row is {self.row!r}, expected letters, digits, _ and - (it names a folder)")
+        if self.row == "images":
+            raise ValueError("row is 'images', which is the folder of the images that attacks learn from")
+
+    @classmethod
+    def from_table(cls, table: object, where: str) -> Self:
+        """Split the row's own fields from the leaf's, which are checked when the leaf is made."""
+        if not isinstance(table, Mapping):
+            raise UserError(f"{where} is {table!r}, expected a table")
+        own = {key: table[key] for key in ("row", "name", "prompts", "images", "searches") if key in table}
+        settings = {key: value for key, value in table.items() if key not in own}
+        return build_fields(cls, {**own, "settings": settings}, where)
+
+    def table(self) -> dict[str, Any]:
+        """The flat table that `from_table` reads."""
+        searches = {} if self.searches is None else {"searches": self.searches}
+        own = {"row": self.row, "name": self.name, "prompts": self.prompts, "images": self.images, **searches}
+        return {**own, **self.settings}
+
+    def make(self) -> Any:
+        """Import the attack and build it from the settings."""
+        return LeafConfig(name=self.name, settings=self.settings).make("attacks", f"attacks.{self.row}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A recipe file. The module's docstring shows every field."""
+
+    concept: str
+    model: str
+    method: LeafConfig
+    seed: int = 0
+    erase_seed: int | None = None  # of pairs and training; None: `seed`. Sweeps over it share the original's images
+    validation: bool = False
+    attack_images: int = 32
+    block: int = 16  # images of attacks and scores rendered together
+    sampling: Sampling = field(default_factory=Sampling)
+    pairs: PairSettings = field(default_factory=PairSettings)
+    attacks: tuple[AttackRow, ...] = ()
+    score: ScoreSettings = field(default_factory=ScoreSettings)
+
+    def __post_init__(self) -> None:
+        _at_least(self, seed=0, block=1, attack_images=1)
+        if int(self.pairs.strength * self.sampling.num_inference_steps) < 1:
+            raise ValueError("pairs.strength times sampling.num_inference_steps is less than one step; raise either")
+        repeated = [row for row, count in Counter(attack.row for attack in self.attacks).items() if count > 1]
+        if repeated:
+            raise ValueError(f"two attacks have the row name {repeated[0]!r}")
+
+
+def recipe_names() -> list[str]:
+    """The recipes in the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_recipe(name: str | Path, *, overrides: Sequence[str] = (), seed: int | None = None) -> Recipe:
+    """A shipped recipe by name, or a recipe file by its path (recognised by the ending `.toml`).
+
+    `overrides` are texts of the form `field.field=value`; `seed` replaces the recipe's own.
+    """
+    path = _path(name)
+    table = _read(path)
+    for override in overrides:
+        _override(table, override)
+    if seed is not None:
+        table["seed"] = seed
+    return build(Recipe, table, f"{path}:" if path.parent != FOLDER else f"recipe {name}:")
+
+
+def _path(name: str | Path, folder: Path = Path()) -> Path:
+    """Where a recipe lies: a shipped name, or a path from `folder`."""
+    if Path(name).suffix == ".toml":
+        return folder / name
+    if str(name) not in recipe_names():
+        raise UserError(f"no recipe is called {str(name)!r}{did_you_mean(str(name), recipe_names())}")
+    return FOLDER / f"{name}.toml"
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's tables, over those of the recipe that it extends; `below` are the files that led here."""
+    table = read_toml(path)
+    concept = table.get("concept")
+    if isinstance(concept, str) and concept.endswith(".toml"):
+        table["concept"] = str(path.parent / concept)
+    extends, overrides = table.pop("extends", None), table.pop("set", [])
+    if extends is not None:
+        if not isinstance(extends, str):
+            raise UserError(f"{path}: extends is {extends!r}, expected the name or the path of a recipe")
+        parent = _path(extends, path.parent)
+        if parent.resolve() in (one.resolve() for one in (*below, path)):
+            raise UserError(f"{path}: extends leads back to {parent}; a recipe cannot extend itself")
+        table = _merged(_read(parent, (*below, path)), table)
+    if not isinstance(overrides, list) or not all(isinstance(one, str) for one in overrides):
+        raise UserError(f"{path}: set is {overrides!r}, expected a list of field=value")
+    for override in overrides:
+        _override(table, override)
+    return table
+
+
+def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`: tables field by field, anything else replaced."""
+    for key, value in over.items():
+        inner = base.get(key)
+        base[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return base
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    """Apply one `field.field=value` to the recipe's tables."""
+    key, equals, value = text.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set {text}: expected field=value, such as method.beta=20")
+    here: Any = table
+    for depth, part in enumerate(parts):
+        if isinstance(here, list):
+            rows = {entry.get("row"): entry for entry in here if isinstance(entry, dict)}
+            if part not in rows or depth == len(parts) - 1:
+                raise UserError(f"--set {text}: no attack has the row {part!r}{did_you_mean(part, map(str, rows))}")
+            here = rows[part]
+        elif not isinstance(here, dict):
+            raise UserError(f"--set {text}: {'.'.join(parts[:depth])} is {here!r}, which has no fields")
+        elif depth == len(parts) - 1:
+            here[part] = read_value(value.strip())
+        else:
+            here = here.setdefault(part, {})
+
+
+def _at_least(record: object, **least: int) -> None:
+    for name, bound in least.items():
+        if getattr(record, name) < bound:
+            raise ValueError(f"{name} is {getattr(record, name)}, expected at least {bound}")

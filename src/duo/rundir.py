@@ -1,0 +1,394 @@
+"""The run folder: atomic files, stages that are finished or not, the lock, progress and timings. No torch.
+
+A stage's folder holds `partial.json` from its first moment and `manifest.json` from its last: it is finished if and
+only if the manifest is there. Both hold the stage's configuration, and going on with another one is refused.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from duo.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+SCHEMA = 1
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: to a temporary neighbour that is then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` indented, keys in their order, ending in a newline; NaN and infinity are refused."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file of a run, or a `UserError` that names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; run the stage that writes it") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore it, or start anew with another --out") from error
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write one JSON object a line, all at once."""
+    write_bytes(path, "".join(_line(row) for row in rows).encode())
+
+
+def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one line by one `write`, so that a kill leaves at most one broken line, the last."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, _line(row).encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; none where there is no file. A last line that was cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSONL ({error}); restore it, or start anew with another --out") from error
+
+
+def write_image(path: Path, image: Image) -> None:
+    """Write a PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    write_bytes(path, buffer.getvalue())
+
+
+def digest(value: object) -> str:
+    """sha256 of a file's bytes (for a `Path`) or of a value's canonical JSON."""
+    if isinstance(value, Path):
+        with value.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    # ASCII only: attacks find prompts with U+2028 and the like, which some readers take for the end of a line.
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+# --- stages -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's folder within a run."""
+
+    folder: Path
+
+    @property
+    def manifest(self) -> Path:
+        """Written last: a stage is finished if and only if it is there."""
+        return self.folder / "manifest.json"
+
+    @property
+    def partial(self) -> Path:
+        """Written first, and removed at the end."""
+        return self.folder / "partial.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the manifest is there."""
+        return self.manifest.exists()
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of the stage is there, finished or not."""
+        return self.finished or self.partial.exists()
+
+    def begin(self, config: Mapping[str, Any]) -> bool:
+        """Begin the stage or go on with it, and say whether anything is left to do.
+
+        Raises `UserError` where it was begun, or finished, with another configuration.
+        """
+        if self.begun:
+            self._same(config)
+        if self.finished:
+            return False
+        if not self.begun:
+            write_json(self.partial, {"schema": SCHEMA, "config": config})
+        for leftover in self.folder.rglob(".*.tmp"):
+            leftover.unlink()
+        return True
+
+    def finish(self, **record: Any) -> None:
+        """Write the manifest: the configuration that the stage was begun with, and what it has to tell."""
+        _tidy_log(self.folder / "log.jsonl")
+        write_json(self.manifest, {**read_json(self.partial), **record})
+        self.partial.unlink()
+
+    def require(self, verb: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The manifest of a stage that must be finished, or a `UserError` that says which verb finishes it.
+
+        Where `config` is given, it must be the one that the stage was made with.
+        """
+        if not self.finished:
+            raise UserError(f"{self.folder} is not finished; run `duo {verb}` first")
+        if config is not None:
+            self._same(config)
+        manifest: dict[str, Any] = read_json(self.manifest)
+        return manifest
+
+    def _same(self, config: Mapping[str, Any]) -> None:
+        found = read_json(self.manifest if self.finished else self.partial)["config"]
+        difference = _difference(found, json.loads(json.dumps(config)))
+        if difference:
+            raise UserError(f"{self.folder} was made with {difference}; give that again, or another --out")
+
+
+class Blocks:
+    """The rows 0 … n−1 cut into fixed blocks, with one record file for each that is done.
+
+    A block is computed whole or not at all, so a resumed run yields the same bytes as one that was never stopped.
+    """
+
+    def __init__(self, folder: Path, *, n: int, size: int) -> None:
+        self.folder = folder
+        self.ranges = blocks(n, size)
+
+    def pending(self) -> Iterator[range]:
+        """The blocks that have no record yet, in order."""
+        return (rows for rows in self.ranges if not self._path(rows).exists())
+
+    def done(self, rows: range, record: Mapping[str, Any]) -> None:
+        """Keep what one block has to tell; its images must have been written before."""
+        write_json(self._path(rows), record)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records of all blocks that are done, in order."""
+        return [read_json(path) for path in map(self._path, self.ranges) if path.exists()]
+
+    def clear(self) -> None:
+        """Remove the record files, once they are gathered into the stage's own."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, rows: range) -> Path:
+        return self.folder / f"{rows.start:04d}.json"
+
+
+def blocks(n: int, size: int) -> list[range]:
+    """0 … n−1 in runs of `size`; the last may be shorter."""
+    return [range(start, min(start + size, n)) for start in range(0, n, size)]
+
+
+def _difference(old: Any, new: Any, where: str = "") -> str | None:
+    """The first field that differs, in words, or None."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            found = _difference(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+            if found:
+                return found
+        return None
+    return None if old == new else f"{where} = {_short(old)}, not {_short(new)}"
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _tidy_log(path: Path) -> None:
+    """Of a row that was written again after a resume, keep the last: the log of a run that was never stopped."""
+    rows: dict[object, dict[str, Any]] = {}
+    for row in read_jsonl(path):
+        rows[row["step"] if "step" in row else _line(row)] = row
+    if rows:
+        write_jsonl(path, rows.values())
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run's folder."""
+
+    path: Path
+
+    def stage(self, *parts: str) -> Stage:
+        """The stage at `pairs`, `erase`, `attack/<row>/<model>` or `score`."""
+        return Stage(self.path.joinpath(*parts))
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run folder for this process; a `UserError` names the process that holds it already."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(f"cannot write to {self.path}: {error.strerror}; name another --out") from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                holder = handle.read().strip() or "another process"
+                raise UserError(f"{self.path} is in use by {holder}; wait for it, or stop it") from None
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}, started {_now()}\n")
+            handle.flush()
+            yield
+
+    def describe(self, record: Mapping[str, Any], *, fixed: Mapping[str, Sequence[str]]) -> None:
+        """Write `run.json`. Versions and world must be those of a run that was begun, and so must what stages used.
+
+        `fixed` names, for each stage, the fields of `record["recipe"]` that may not change once it is begun.
+        """
+        path = self.path / "run.json"
+        new = json.loads(json.dumps({"schema": SCHEMA, **record}))
+        old = read_json(path) if path.exists() else new
+        kept = [field for stage, names in fixed.items() if self.stage(stage).begun for field in names]
+        for where, before, now, keys in (
+            ("", old, new, ("versions", "world_digest")),
+            ("recipe.", old["recipe"], new["recipe"], kept),
+        ):
+            for key in keys:
+                difference = _difference(before.get(key), now.get(key), f"{where}{key}")
+                if difference:
+                    raise UserError(f"{path} has {difference}; go back to that, or give another --out")
+        if not path.exists() or old != new:
+            write_json(path, new)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add a row to `timings.jsonl`, also where the stage is interrupted: a resumed stage has several."""
+        started, clock = _now(), time.monotonic()
+        try:
+            yield
+        finally:
+            row = {
+                "stage": stage,
+                "seconds": round(time.monotonic() - clock, 3),
+                "started": started,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} logical cores",
+            }
+            append_jsonl(self.path / "timings.jsonl", row)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+# --- what a stage lends to a leaf -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRun:
+    """A `duo.plugins.Run`: the folder that a leaf may keep checkpoints in, its seed and device, progress and a log."""
+
+    folder: Path
+    seed: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _cut_broken_line(self.folder / "log.jsonl")
+
+    def progress(self, total: int, label: str) -> AbstractContextManager[Progress]:
+        """A bar on a terminal; elsewhere about ten plain lines on stderr."""
+        return progress(total, label)
+
+    def log(self, **numbers: float | int | str) -> None:
+        """Add one row to `log.jsonl`."""
+        append_jsonl(self.folder / "log.jsonl", numbers)
+
+
+def _cut_broken_line(path: Path) -> None:
+    if path.exists():
+        data = path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            write_bytes(path, data[: data.rfind(b"\n") + 1])
+
+
+@dataclass
+class Progress:
+    """Plain progress: a line whenever a tenth more is done."""
+
+    total: int
+    label: str
+    shown: int = field(default=-1, init=False)
+
+    def update(self, step: int, **numbers: float) -> None:
+        """Say that `step` of the total are done, with what there is to tell."""
+        tenth = 10 * step // max(1, self.total)
+        if tenth > self.shown:
+            self.shown = tenth
+            print(f"{self.label}: {step}/{self.total}{_told(numbers)}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+@contextmanager
+def progress(total: int, label: str) -> Iterator[Progress]:
+    """A bar on a terminal; elsewhere about ten plain lines on stderr."""
+    if not sys.stderr.isatty():
+        yield Progress(total, label)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[told]}", markup=False),
+    )
+    with RichProgress(*columns, console=Console(stderr=True)) as rich:
+        yield _Bar(total, label, rich)
+
+
+class _Bar(Progress):
+    """The same on a terminal."""
+
+    def __init__(self, total: int, label: str, rich: Any) -> None:
+        super().__init__(total, label)
+        self._rich, self._task = rich, rich.add_task(label, total=total, told="")
+
+    def update(self, step: int, **numbers: float) -> None:
+        self._rich.update(self._task, completed=step, told=_told(numbers))
+
+
+def _told(numbers: Mapping[str, float]) -> str:
+    return "".join(f"  {name} {value:.4g}" for name, value in numbers.items())

@@ -1,0 +1,36 @@
+"""The stages of a run: pairs, erase, attack, score. The only loops over prompts, seeds and images.
+
+Each stage reads the folders of the stages before and writes its own; one that was stopped goes on where it was, and
+one that is finished is left alone. Every image has a seed of its own, derived from the run's seed and its purpose.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from duo.rundir import RunDir
+from duo.stages.attacking import attack
+from duo.stages.erasing import erase
+from duo.stages.pairing import make_pairs
+from duo.stages.scoring import score
+from duo.stages.session import Session
+
+__all__ = ["Session", "attack", "erase", "make_pairs", "report", "run", "score"]
+
+
+def run(session: Session, *, uncensored: bool = False) -> Path:
+    """All stages, then the report; returns the path of `report.html`."""
+    make_pairs(session)
+    erase(session)
+    attack(session)
+    score(session)
+    return report(session.dir.path, uncensored=uncensored)
+
+
+def report(folder: Path, *, uncensored: bool = False) -> Path:
+    """Write `report.html`, `report.json` and `README.md` of a scored run; returns the path of the page."""
+    from duo.report import write_report
+
+    with RunDir(folder).locked():
+        write_report(folder, uncensored=uncensored)
+    return folder / "report.html"

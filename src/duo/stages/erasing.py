@@ -1,0 +1,33 @@
+"""The erase stage: from pairs to a delta."""
+
+from __future__ import annotations
+
+from duo import rundir
+from duo.delta import Delta
+from duo.fields import as_table
+from duo.pairs import Pairs
+from duo.stages.session import Session
+
+
+def erase(session: Session) -> Delta:
+    """Erase the concept from the model with the recipe's method, and write `delta.safetensors`."""
+    stage = session.dir.stage("erase")
+    with session.at_work("erase"):
+        pairs = session.dir.stage("pairs").require("pairs")
+        config = {
+            **{key: value for key, value in session.shared.items() if key != "sampling"},
+            "erase_seed": session.erase_seed,
+            "method": as_table(session.recipe.method),
+            "pairs": pairs["digest"],
+        }
+        path = stage.folder / "delta.safetensors"
+        if stage.begin(config):
+            delta = session.method.erase(
+                session.model,
+                session.concept,
+                pairs=Pairs.read(session.dir.stage("pairs").folder),
+                run=session.lend(stage, "erase", seed=session.erase_seed),
+            )
+            delta.save(path)
+            stage.finish(digest=rundir.digest(path))
+    return Delta.load(path)

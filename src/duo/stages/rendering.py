@@ -1,0 +1,65 @@
+"""Rendering attempts by blocks, and reading images back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from duo import rundir
+from duo.errors import UserError
+from duo.plugins import Attempt
+from duo.rundir import progress
+from duo.stages.session import Session
+
+
+def render(session: Session, folder: Path, attempts: Sequence[Attempt], seeds: Sequence[int], *, label: str) -> None:
+    """Render attempts to `folder/0000.png` …, by blocks; a block whose images are all there is done."""
+    paths = [folder / f"{i:04d}.png" for i in range(len(attempts))]
+    with progress(len(attempts), label) as bar:
+        for rows in rundir.blocks(len(attempts), session.recipe.block):
+            if not all(paths[i].exists() for i in rows):
+                for i, image in zip(rows, _generate(session, attempts, seeds, rows), strict=True):
+                    rundir.write_image(paths[i], image)
+            bar.update(rows.stop)
+
+
+def _generate(
+    session: Session, attempts: Sequence[Attempt], seeds: Sequence[int], rows: range
+) -> Iterator[Image.Image]:
+    """The images of one block; rows whose learned tokens differ cannot share a call."""
+    start = rows.start
+    while start < rows.stop:
+        tokens = attempts[start].tokens
+        stop = next((i for i in range(start, rows.stop) if not _same(attempts[i].tokens, tokens)), rows.stop)
+        batch = attempts[start:stop]
+        yield from session.model.generate(
+            [one.prompt for one in batch],
+            seeds=seeds[start:stop],
+            sampling=session.recipe.sampling,
+            negative_prompts=[one.negative_prompt or "" for one in batch],
+            tokens=tokens or None,
+        )
+        start = stop
+
+
+def _same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[word], b[word]) for word in a)
+
+
+def read_image(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG
+        raise UserError(f"{path} cannot be read as an image; remove its folder and run the stage again") from error
+
+
+def read_images(folder: Path, n: int) -> list[Image.Image]:
+    return [read_image(folder / f"{i:04d}.png") for i in range(n)]
+
+
+def images_digest(folder: Path, n: int) -> str:
+    return rundir.digest([rundir.digest(folder / f"{i:04d}.png") for i in range(n)])

@@ -1,0 +1,183 @@
+"""The score stage: judges and metrics over the images of attacks, unrelated prompts and near misses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL.Image import Image
+
+from duo import plugins, rundir, scores
+from duo.errors import UserError, did_you_mean
+from duo.fields import as_table
+from duo.plugins import Attempt, Verdict
+from duo.recipe import AttackRow
+from duo.rundir import Stage
+from duo.stages.attacking import attack_config
+from duo.stages.rendering import read_images, render
+from duo.stages.session import MODELS, UNRELATED, Session, seed_for, world_digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Set:
+    """One set of images of one model, to be judged."""
+
+    name: str
+    model: str
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    images: Sequence[Image]
+
+
+def score(session: Session) -> dict[str, Any]:
+    """Judge the attacks' images, render and judge unrelated prompts and near misses, and write `scores.json`."""
+    recipe, stage = session.recipe, session.dir.stage("score")
+    with session.at_work("score"):
+        erasure = session.dir.stage("erase").require("erase")["digest"]
+        attacks = {
+            f"{row.row}/{model}": session.dir.stage("attack", row.row, model).require(
+                "attack", attack_config(session, row, model, erasure)
+            )["digest"]
+            for row in recipe.attacks
+            for model in MODELS
+        }
+        config = {
+            **session.shared,
+            "score": as_table(recipe.score),
+            "split": session.split,
+            "block": recipe.block,
+            "judge": session.judge.digest,
+            "erasure": erasure,
+            "attacks": attacks,
+        }
+        if stage.begin(config):
+            attacked = [_attacked(session, row, model) for row in recipe.attacks for model in MODELS]
+            probed = _probe(session, stage)
+            verdicts = {(one.name, one.model): session.judge(one.images) for one in [*attacked, *probed]}
+            survival = {(one.name, one.model): _survival(session, one) for one in probed if one.name != UNRELATED}
+            rundir.write_jsonl(
+                stage.folder / "verdicts.jsonl", _verdict_rows(session, [*attacked, *probed], verdicts, survival)
+            )
+            rundir.write_json(
+                stage.folder / "scores.json", _sections(session, [*attacked, *probed], verdicts, survival)
+            )
+            stage.finish()
+    result: dict[str, Any] = rundir.read_json(stage.folder / "scores.json")
+    return result
+
+
+def _attacked(session: Session, row: AttackRow, model: str) -> _Set:
+    folder = session.dir.path / "attack" / row.row / model
+    rows = rundir.read_jsonl(folder / "attempts.jsonl")
+    return _Set(
+        name=row.row,
+        model=model,
+        prompts=[one["base_prompt"] for one in rows],
+        seeds=[one["seed"] for one in rows],
+        images=read_images(folder / "images", len(rows)),
+    )
+
+
+def _probe(session: Session, stage: Stage) -> list[_Set]:
+    """Unrelated prompts and near misses, on both models with the same prompts and seeds."""
+    settings = session.recipe.score
+    wanted = {UNRELATED: (session.prompts(UNRELATED), settings.unrelated)}
+    wanted |= {name: (near.prompts, settings.near_miss) for name, near in session.near_misses.items()}
+    made = []
+    for model in MODELS:
+        with session.as_model(model):
+            for name, (prompts, n) in wanted.items():
+                chosen = [prompts[i % len(prompts)] for i in range(n)]
+                seeds = [seed_for(session.recipe.seed, session.split, "score", name, i) for i in range(n)]
+                folder = stage.folder / "images" / name / model
+                render(session, folder, [Attempt(prompt=p) for p in chosen], seeds, label=f"{name}, {model}: images")
+                images = read_images(folder, n)
+                made.append(_Set(name=name, model=model, prompts=chosen, seeds=seeds, images=images))
+    return made
+
+
+def _survival(session: Session, one: _Set) -> list[bool]:
+    """For each image of a near miss, whether it is still what it is."""
+    near = session.near_misses[one.name]
+    where = f"concept {session.concept.name}: near_miss.{one.name}"
+    if near.judge is not None:
+        return [verdict.label == "present" for verdict in near.judge.make("judges", f"{where}.judge")(one.images)]
+    right = _adherence(session, one)
+    attribute = str(near.attribute)
+    if attribute not in right:
+        raise UserError(f"{where}.attribute is {attribute!r}{did_you_mean(attribute, right)}")
+    if len(right[attribute]) != len(one.images):
+        raise UserError(f"{where}: every prompt must name its {attribute}, for that tells whether it survived")
+    return right[attribute]
+
+
+def _adherence(session: Session, one: _Set) -> dict[str, list[bool]]:
+    """For each attribute, whether an image shows it, of the images whose prompt names it; `all` is for all at once."""
+    metric = plugins.load("metrics", session.recipe.score.adherence)()
+    metric.update(images=one.images, references=None, prompts=one.prompts)
+    return {**metric.by_attribute(), "all": [value == 1 for value in metric.compute()]}
+
+
+def _verdict_rows(
+    session: Session,
+    sets: Sequence[_Set],
+    verdicts: Mapping[tuple[str, str], Sequence[Verdict]],
+    survival: Mapping[tuple[str, str], Sequence[bool]],
+) -> Iterator[dict[str, Any]]:
+    judge = session.concept.judge.name
+    for one in sets:
+        alive = survival.get((one.name, one.model))
+        for i, verdict in enumerate(verdicts[one.name, one.model]):
+            row = {"set": one.name, "model": one.model, "index": i, "judge": judge, "label": verdict.label}
+            row |= {"scores": dict(verdict.scores), "prompt": one.prompts[i], "seed": one.seeds[i]}
+            yield row if alive is None else {**row, "survived": alive[i]}
+
+
+def _sections(
+    session: Session,
+    sets: Sequence[_Set],
+    verdicts: Mapping[tuple[str, str], Sequence[Verdict]],
+    survival: Mapping[tuple[str, str], Sequence[bool]],
+) -> dict[str, Any]:
+    recipe = session.recipe
+    labels = {key: [verdict.label for verdict in found] for key, found in verdicts.items()}
+    of = {(one.name, one.model): one for one in sets}
+    attacks = [
+        line
+        for row in recipe.attacks
+        for line in scores.attack_rows(
+            row.row,
+            original=labels[row.row, "original"],
+            erased=labels[row.row, "erased"],
+            reliable=recipe.score.reliable,
+        )
+    ]
+    asked = {UNRELATED: UNRELATED} | ({"unsafe": recipe.score.unsafe_row} if recipe.attacks else {})
+    return {
+        "concept": session.concept.name,
+        "method": recipe.method.name,
+        "model": recipe.model,
+        "world_digest": world_digest(recipe, session.concept),
+        "attacks": attacks,
+        "preservation": _preservation(session, of[UNRELATED, "original"], of[UNRELATED, "erased"]),
+        "attributes": {
+            name: {model: _shares(_adherence(session, of[source, model])) for model in MODELS}
+            for name, source in asked.items()
+        },
+        "near_misses": [
+            scores.near_miss(name, model, labels=labels[name, model], survived=survival[name, model])
+            for name in session.near_misses
+            for model in MODELS
+        ],
+    }
+
+
+def _shares(right: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
+    return {name: scores.share(values) for name, values in right.items() if values}
+
+
+def _preservation(session: Session, original: _Set, erased: _Set) -> dict[str, Any]:
+    metric = plugins.load("metrics", session.recipe.score.preservation)()
+    metric.update(images=erased.images, references=original.images, prompts=erased.prompts)
+    return {"metric": metric.name, **scores.mean(metric.compute(), seed=session.recipe.seed)}

@@ -1,0 +1,183 @@
+"""A recipe at work in a run folder, and the seeds that its images have."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from duo import rundir
+from duo.concept import Concept, NearMiss, load_concept
+from duo.delta import Delta
+from duo.errors import UserError, did_you_mean
+from duo.fields import as_table
+from duo.models import EMBEDDED, load_family
+from duo.plugins import Family, Judge
+from duo.recipe import Recipe
+from duo.rundir import RunDir, Stage, StageRun
+
+MODELS = ("original", "erased")
+UNRELATED = "unrelated"
+# The fields of a recipe that a stage fixes for the rest of the run. Attack rows are compared one by one.
+FIXED = {
+    "pairs": ("concept", "model", "seed", "sampling", "pairs"),
+    "erase": ("method",),
+    "score": ("validation", "attack_images", "block", "attacks", "score"),
+}
+RECORDED_VERSIONS = ("duo-unlearning", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
+
+
+def seed_for(seed: int, *purpose: str | int) -> int:
+    """A seed for one purpose, below 2**53 so that it survives JSON; purposes that differ have unrelated seeds."""
+    words = [part if isinstance(part, int) else int.from_bytes(_sha256(part)[:8], "big") for part in purpose]
+    state = np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)
+    return int(state[0] >> np.uint64(11))
+
+
+def _sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+class Session:
+    """A recipe at work in a run folder: its concept, its model and its leaves, each made when first asked for.
+
+    Everything that a mistake could be in, the weights apart, is read and checked at once. `model` may be given where it
+    is loaded already; `command` is what a report says makes the run again.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        device: torch.device | str = "cpu",
+        model: Family | None = None,
+        command: str = 'duo.run(duo.Session(recipe, Path("runs/again")))',
+    ) -> None:
+        self.dir = RunDir(out)
+        self.command = command
+        try:
+            self.device = torch.device(device)
+        except RuntimeError as error:
+            raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        self._model = model
+        self.concept: Concept = load_concept(recipe.concept)
+        self.method = recipe.method.make("methods", "method")
+        self.attacks = {row.row: row.make() for row in recipe.attacks}
+        self.recipe = _resolved(recipe, self.method, self.attacks)
+        self.judge: Judge = self.concept.judge.make("judges", f"concept {self.concept.name}: judge")
+        self.curator: Judge = self.concept.curator.make("judges", f"concept {self.concept.name}: curator")
+        for row in recipe.attacks:
+            self.prompts(row.prompts)
+        self._check_names()
+
+    @cached_property
+    def model(self) -> Family:
+        """The model before the erasure."""
+        return self._model or load_family(self.recipe.model, device=self.device)
+
+    @property
+    def split(self) -> str:
+        """Part of every scored seed: choosing hyper-parameters must not see the scored noise."""
+        return "validation" if self.recipe.validation else "test"
+
+    @property
+    def erase_seed(self) -> int:
+        """The seed of pairs and training, which may vary while what is scored stays the same."""
+        return self.recipe.seed if self.recipe.erase_seed is None else self.recipe.erase_seed
+
+    def prompts(self, name: str) -> tuple[str, ...]:
+        """One set of the concept's prompts, of the recipe's split."""
+        return self.concept.prompt_set(name, validation=self.recipe.validation)
+
+    @property
+    def near_misses(self) -> Mapping[str, NearMiss]:
+        """The near misses of the recipe's split, unless the recipe leaves them out."""
+        return self.concept.sets(validation=self.recipe.validation).near_miss if self.recipe.score.near_miss else {}
+
+    @cached_property
+    def shared(self) -> dict[str, Any]:
+        """The configuration that every stage's result depends on."""
+        recipe = self.recipe
+        return {
+            "model": recipe.model,
+            "concept": {"name": self.concept.name, "digest": rundir.digest(as_table(self.concept))},
+            "seed": recipe.seed,
+            "sampling": as_table(recipe.sampling),
+        }
+
+    @contextmanager
+    def at_work(self, stage: str) -> Iterator[None]:
+        """Hold the run folder, describe the run, and time the stage."""
+        with self.dir.locked():
+            self.dir.describe(
+                {
+                    "command": self.command,
+                    "recipe": as_table(self.recipe),
+                    "seed": self.recipe.seed,
+                    "versions": _versions(),
+                    "world_digest": world_digest(self.recipe, self.concept),
+                },
+                fixed=FIXED,
+            )
+            with self.dir.timed(stage):
+                yield
+
+    @contextmanager
+    def as_model(self, name: str) -> Iterator[None]:
+        """Within the context `model` is the "original" or the "erased" one."""
+        if name == "original":
+            yield
+            return
+        with Delta.load(self.dir.path / "erase" / "delta.safetensors").attached(self.model):
+            yield
+
+    def lend(self, stage: Stage, *purpose: str, seed: int | None = None) -> StageRun:
+        """What a leaf gets of a stage; its seed is derived from `seed`, or the recipe's where None."""
+        base = self.recipe.seed if seed is None else seed
+        return StageRun(folder=stage.folder, seed=seed_for(base, *purpose), device=self.model.device)
+
+    def _check_names(self) -> None:
+        """Attack rows, near misses and `unrelated` share the names of folders and of sets in `verdicts.jsonl`."""
+        names = [*self.attacks, *self.near_misses, UNRELATED]
+        repeated = [name for name, count in Counter(names).items() if count > 1]
+        if repeated:
+            raise UserError(f"{repeated[0]!r} names two of the attack rows and near misses; rename the row")
+        if self.attacks and self.recipe.score.unsafe_row not in self.attacks:
+            row = self.recipe.score.unsafe_row
+            raise UserError(f"score.unsafe_row: no attack has the row {row!r}{did_you_mean(row, self.attacks)}")
+
+
+def _resolved(recipe: Recipe, method: Any, attacks: Mapping[str, Any]) -> Recipe:
+    """The recipe with every field of its leaves written out, for a record must not depend on defaults."""
+    rows = tuple(replace(row, settings=as_table(attacks[row.row])) for row in recipe.attacks)
+    return replace(recipe, method=replace(recipe.method, settings=as_table(method)), attacks=rows)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in RECORDED_VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def world_digest(recipe: Recipe, concept: Concept) -> str | None:
+    """The digest of the embedded world (renderer, language, splits, judges); None where it has no part in a run."""
+    if recipe.model not in EMBEDDED and concept.judge.name != "toybox":
+        return None
+    from duo import toybox
+
+    return toybox.world_digest()

@@ -1,0 +1,142 @@
+"""The command line: quick help, one line for a mistake, and what it prints."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from duo import plugins
+from duo.cli import main
+
+RECIPE = """
+concept = "toybox-fire"
+model = "toybox"
+[method]
+name = "duo"
+[[attacks]]
+row = "prompts"
+name = "prompts"
+prompts = "plain"
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_help_is_quick_for_it_imports_no_torch() -> None:
+    verbs = ("run", "pairs", "erase", "attack", "score", "report", "merge", "toybox", "list")
+    code = (
+        "import sys\nfrom duo.cli import main\n"
+        f"for verb in ([], *([v] for v in {verbs!r})):\n"
+        "    try:\n        main([*verb, '--help'])\n"
+        "    except SystemExit as stop:\n        assert stop.code == 0\n"
+        "    assert not {'torch', 'diffusers', 'numpy', 'matplotlib'} & set(sys.modules), verb\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("usage: duo") == 1 + len(verbs)
+
+
+@pytest.mark.parametrize("name", ["duo", "recipe"])
+def test_erase_tells_the_flags_of_the_method(name: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["erase", str(recipe) if name == "recipe" else name, "--help"])
+    out = capsys.readouterr().out
+    assert "--learning-rate NUMBER" in out
+    assert "--pair-timesteps shared|independent" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: VERB (see `duo --help`)"),
+        (["rnu"], "no verb is called 'rnu' (did you mean 'run'?)"),
+        (["run", "no-such", "--out", "x"], "no recipe is called 'no-such'"),
+        (["run", "RECIPE"], "the following arguments are required: --out"),
+        (["run", "RECIPE", "--out", "OUT", "--sed", "3"], "unrecognized arguments: --sed 3"),
+        (["run", "RECIPE", "--out", "OUT", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["run", "RECIPE", "--out", "OUT", "--seed", "-1"], "seed is -1, expected at least 0"),
+        (["run", "RECIPE", "--out", "OUT", "--set", "pears.n=3"], "has no field 'pears' (did you mean 'pairs'?)"),
+        (["run", "RECIPE", "--out", "OUT", "--set", "concept=toybox-fir"], "(did you mean 'toybox-fire'?)"),
+        (
+            ["run", "RECIPE", "--out", "OUT", "--set", "method.bta=3"],
+            "method has no field 'bta' (did you mean 'beta'?)",
+        ),
+        (
+            ["run", "RECIPE", "--out", "OUT", "--set", "method.name=dou"],
+            "no method is called 'dou' (did you mean 'duo'?)",
+        ),
+        (["run", "RECIPE", "--out", "OUT", "--set", "attacks.prompts.prompts=plan"], "(did you mean 'plain'?)"),
+        (["run", "RECIPE", "--out", "OUT", "--set", "score.unsafe_row=prompt"], "(did you mean 'prompts'?)"),
+        (["run", "RECIPE", "--out", "OUT", "--device", "gpu"], "--device gpu:"),
+        (["run", "RECIPE", "--out", "OUT", "--set", "model=no-such-model"], "no model is called 'no-such-model'"),
+        (["pairs", "RECIPE", "--out", "OUT", "--n", "many"], "--n is 'many', expected an integer"),
+        (["erase", "RECIPE", "--out", "OUT"], "pairs is not finished; run `duo pairs` first"),
+        (["report", "OUT"], "OUT"),
+        (["list", "attack"], "nothing to list is called 'attack' (did you mean 'attacks'?)"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(
+    arguments: list[str], message: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"RECIPE": str(recipe), "OUT": str(tmp_path / "run")}
+    assert main([places.get(part, part) for part in arguments]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("duo: ")
+    assert told.err.count("\n") == 1
+    assert places.get(message, message) in told.err
+
+
+def test_an_existing_run_is_left_alone(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "run.json").write_text("{}")
+    assert main(["run", str(recipe), "--out", str(out)]) == 2
+    assert "holds a run that was begun; add --resume to go on with it" in capsys.readouterr().err
+    (out / "report.html").write_text("")
+    assert main(["run", str(recipe), "--out", str(out)]) == 2
+    assert "holds a finished run; add --resume" in capsys.readouterr().err
+    assert (out / "run.json").read_text() == "{}"
+
+
+def test_an_interruption_says_how_to_go_on(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from duo import stages
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "run", stop)
+    monkeypatch.setattr(stages, "Session", lambda *_, **__: None)
+    assert main(["run", str(recipe), "--out", str(tmp_path / "run")]) == 130
+    assert f"go on with `duo run {recipe} --out {tmp_path / 'run'} --resume`" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_in_one_line(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from duo import stages
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "image.png")
+
+    monkeypatch.setattr(stages, "Session", full)
+    assert main(["run", str(recipe), "--out", str(tmp_path / "run")]) == 2
+    assert "duo: image.png: No space left on device; nothing is lost: go on with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [*plugins.KINDS, "concepts", "recipes"])
+def test_list_prints_a_name_a_line(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", kind]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert names == sorted(names)
+    assert names

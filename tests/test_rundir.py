@@ -1,0 +1,166 @@
+"""The run folder: nothing is half written, nothing is mixed, and one process at a time works in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from duo import rundir
+from duo.errors import UserError
+from duo.rundir import Blocks, RunDir, Stage, StageRun
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    rundir.write_json(path, {"old": 1})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        rundir.write_json(path, {"new": 2})
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_numbers_that_json_does_not_know_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        rundir.write_json(tmp_path / "a.json", {"x": float("nan")})
+
+
+def test_no_character_of_a_row_ends_its_line(tmp_path: Path) -> None:
+    row = {"prompt": "a\u2028b\x85c\x0bd\n"}
+    rundir.write_jsonl(tmp_path / "a.jsonl", [row])
+    assert len((tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+    assert rundir.read_jsonl(tmp_path / "a.jsonl") == [row]
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rundir.append_jsonl(path, {"i": 0})
+    with path.open("a") as file:
+        file.write('{"i": 1')
+    assert rundir.read_jsonl(path) == [{"i": 0}]
+
+
+def test_a_resumed_log_ends_as_one_that_was_never_stopped(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.begin({})
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    run = StageRun(folder=tmp_path, seed=0, device=torch.device("cpu"))
+    run.log(step=2, loss=2.0)
+    run.log(step=3, loss=1.0)
+    stage.finish()
+    assert rundir.read_jsonl(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 1.0}]
+
+
+def test_a_stage_is_finished_only_with_its_manifest(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "pairs")
+    with pytest.raises(UserError, match="pairs is not finished; run `duo pairs` first"):
+        stage.require("pairs")
+    assert stage.begin({"n": 3})
+    assert stage.begin({"n": 3}), "a stage that was stopped goes on"
+    assert not stage.finished
+    stage.finish(digest="d")
+    assert stage.require("pairs") == {"schema": 1, "config": {"n": 3}, "digest": "d"}
+    assert not stage.begin({"n": 3}), "nothing is left to do"
+    assert [path.name for path in stage.folder.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_configuration_is_refused_by_the_field_that_differs(tmp_path: Path, finished: bool) -> None:
+    stage = Stage(tmp_path)
+    stage.begin({"method": {"beta": 20.0}, "words": ("a",)})
+    if finished:
+        stage.finish()
+    assert stage.begin({"method": {"beta": 20.0}, "words": ["a"]}) is not finished
+    with pytest.raises(UserError, match=r"was made with method\.beta = 20\.0, not 50\.0; give that again"):
+        stage.begin({"method": {"beta": 50.0}, "words": ["a"]})
+    with pytest.raises(UserError, match=r"was made with rank = null, not 4"):
+        stage.begin({"method": {"beta": 20.0}, "words": ["a"], "rank": 4})
+
+
+def test_leftovers_of_a_killed_write_are_swept(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.begin({})
+    leftover = tmp_path / "images" / ".0003.png.99.tmp"
+    leftover.parent.mkdir()
+    leftover.write_bytes(b"half")
+    stage.begin({})
+    assert not leftover.exists()
+
+
+def test_blocks_are_done_once(tmp_path: Path) -> None:
+    parts = Blocks(tmp_path / "blocks", n=5, size=2)
+    assert [list(rows) for rows in parts.pending()] == [[0, 1], [2, 3], [4]]
+    parts.done(range(2, 4), {"rows": [2, 3]})
+    again = Blocks(tmp_path / "blocks", n=5, size=2)
+    assert [rows.start for rows in again.pending()] == [0, 4]
+    assert again.records() == [{"rows": [2, 3]}]
+
+
+def test_the_lock_names_its_holder(tmp_path: Path) -> None:
+    other = (
+        "import sys; from pathlib import Path; from duo.rundir import RunDir\n"
+        "with RunDir(Path(sys.argv[1])).locked():\n    print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", other, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with (
+            pytest.raises(UserError, match=rf"in use by process {holder.pid} on .*, started 20"),
+            RunDir(tmp_path).locked(),
+        ):
+            pass
+        holder.kill()
+    with RunDir(tmp_path).locked():
+        assert f"process {os.getpid()} on" in (tmp_path / ".lock").read_text()
+
+
+def test_a_run_of_other_versions_is_refused(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.describe({"versions": {"torch": "2.13.0"}, "recipe": {}}, fixed={})
+    with pytest.raises(UserError, match=r'versions\.torch = "2\.13\.0", not "2\.14\.0"'):
+        run.describe({"versions": {"torch": "2.14.0"}, "recipe": {}}, fixed={})
+
+
+def test_what_a_stage_used_is_fixed_once_it_is_begun(tmp_path: Path) -> None:
+    run, fixed = RunDir(tmp_path), {"pairs": ("n",), "score": ("k",)}
+    run.describe({"recipe": {"n": 1, "k": 1}}, fixed=fixed)
+    run.describe({"recipe": {"n": 2, "k": 1}}, fixed=fixed)
+    run.stage("pairs").begin({})
+    run.describe({"recipe": {"n": 2, "k": 2}}, fixed=fixed)
+    with pytest.raises(UserError, match=r"recipe\.n = 2, not 3"):
+        run.describe({"recipe": {"n": 3, "k": 2}}, fixed=fixed)
+    assert rundir.read_json(tmp_path / "run.json")["recipe"] == {"n": 2, "k": 2}
+
+
+def test_interrupted_stages_are_timed_too(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with pytest.raises(KeyboardInterrupt), run.timed("pairs"):
+        raise KeyboardInterrupt
+    with run.timed("pairs"):
+        pass
+    rows = rundir.read_jsonl(tmp_path / "timings.jsonl")
+    assert [row["stage"] for row in rows] == ["pairs", "pairs"]
+    assert rows[0]["seconds"] >= 0
+
+
+def test_progress_is_plain_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = StageRun(folder=tmp_path, seed=0, device=torch.device("cpu"))
+    with run.progress(100, "erase") as bar:
+        for step in range(1, 101):
+            bar.update(step, loss=0.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "erase: 100/100  loss 0.5"
