@@ -106,6 +106,7 @@ def trial(out: Path, family: str, number: int, config: dict[str, Any], steps: in
     run = StageRun(folder=folder, seed=SEED, device=model.device)
     record: dict[str, Any] = {"family": family, "trial": number, "steps": steps, "config": config}
     delta = method.erase(model, concept, pairs=Pairs.read(out / "pairs-run" / "pairs"), run=run)
+    delta.save(folder / "delta.safetensors")
     with delta.attached(model):
         seen, _ = look(model, concept, recipe.sampling, references)
     return {**record, **seen, "objective": objective(seen, base), "base": base}

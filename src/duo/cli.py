@@ -109,13 +109,17 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     _device_flag(one)
 
     toybox = verb("toybox", lambda _: toybox.print_help(), "the embedded model")
-    train = toybox.add_subparsers(metavar="train").add_parser(
-        "train", help="make the embedded models from nothing; hours, and resumable"
-    )
+    parts = toybox.add_subparsers(metavar="train|quality|concepts")
+    train = parts.add_parser("train", help="make the embedded models and judges from nothing; hours, and resumable")
     train.add_argument(
         "--work", type=Path, default=Path("runs/toybox-train"), metavar="FOLDER", help="default: %(default)s"
     )
     train.set_defaults(verb=_train)
+    quality = parts.add_parser("quality", help="measure an embedded model and write its card")
+    quality.add_argument("model", nargs="?", default="toybox", metavar="NAME", help="default: %(default)s")
+    quality.set_defaults(verb=_quality)
+    concepts = parts.add_parser("concepts", help="write the concept files of the embedded world again")
+    concepts.set_defaults(verb=_concepts)
 
     one = verb("list", _list, "the names of what there is, one a line")
     one.add_argument("kind", metavar="|".join(_LISTS))
@@ -248,6 +252,19 @@ def _train(given: argparse.Namespace) -> None:
     from duo.toybox.train import train
 
     train(given.work)
+
+
+def _quality(given: argparse.Namespace) -> None:
+    from duo.toybox.card import record_quality
+
+    print(record_quality(given.model))
+
+
+def _concepts(given: argparse.Namespace) -> None:
+    from duo.toybox.concept_files import write_concept_files
+
+    for path in write_concept_files():
+        print(path)
 
 
 _LISTS: dict[str, Callable[[], list[str]]] = {

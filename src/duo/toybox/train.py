@@ -459,10 +459,15 @@ MODELS = {"toybox": world.HAZARDS, "toybox-never-fire": tuple(h for h in world.H
 
 def train(work: Path, *, models: tuple[str, ...] = tuple(MODELS)) -> None:
     """Every stage from the empty folder `work` to the packaged weights. Stopped anywhere, it goes on there."""
+    from duo.toybox.clip import train_clip  # both build on this module's loop
+    from duo.toybox.train_judges import train_judges
+
     render(work)
     train_vae(work)
+    train_judges(work)
     encode_latents(work)
     sharpen_decoder(work)
     for name in models:
         train_denoiser(work, name, MODELS[name])
         package(work, name, WEIGHTS / name)
+    train_clip(work)
