@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from duo import load_concept, load_recipe
 from duo.methods.duo import Duo
@@ -27,7 +28,7 @@ from duo.metrics.toybox_lpips import ToyboxLpips
 from duo.models import load_family
 from duo.pairs import Pairs
 from duo.plugins import Sampling
-from duo.rundir import StageRun
+from duo.rundir import StageRun, read_json, write_image, write_json
 from duo.stages import Session, make_pairs
 
 SEED = 7
@@ -93,12 +94,27 @@ def look(
     }, images
 
 
-def trial(out: Path, family: str, number: int, config: dict[str, Any], steps: int) -> dict[str, Any]:
+def reference(out: Path, model: Any, concept: Any, sampling: Sampling) -> tuple[dict[str, float], list[Any]]:
+    """The original model's numbers and its unrelated images, measured once."""
+    folder = out / "reference"
+    if not (folder / "seen.json").exists():
+        seen, images = look(model, concept, sampling, None)
+        for index, image in enumerate(images):
+            write_image(folder / f"{index:04d}.png", image)
+        write_json(folder / "seen.json", seen)
+    images = []
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as image:
+            images.append(image.convert("RGB"))
+    return read_json(folder / "seen.json"), images
+
+
+def trial(out: Path, model_name: str, family: str, number: int, config: dict[str, Any], steps: int) -> dict[str, Any]:
     """Train one configuration to `steps`, going on from its last rung, and measure it."""
     torch.set_num_threads(1)
     recipe, concept = load_recipe("toybox-fire"), load_concept("toybox-fire")
-    model = load_family(recipe.model, device="cpu")
-    base, references = look(model, concept, recipe.sampling, None)
+    model = load_family(model_name, device="cpu")
+    base, references = reference(out, model, concept, recipe.sampling)
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     method = Duo(**settings, max_train_steps=steps, checkpointing_steps=50)
     folder = out / f"{family}-{number:02d}"
@@ -116,9 +132,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/tune"))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--model", default="toybox", help="the embedded model, or a folder")
     given = parser.parse_args()
-    recipe = load_recipe("toybox-fire", overrides=["seed=1000"])
-    make_pairs(Session(recipe, given.out / "pairs-run"))
+    recipe = load_recipe("toybox-fire", overrides=["seed=1000", f"model={json.dumps(given.model)}"])
+    session = Session(recipe, given.out / "pairs-run")
+    make_pairs(session)
+    reference(given.out, session.model, session.concept, recipe.sampling)
     log = given.out / "trials.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {(row["family"], row["trial"], row["steps"]): row for row in rows}
@@ -133,7 +152,7 @@ def main() -> None:
                     alive[family].sort(key=lambda n: done[family, n, before]["objective"])
                     alive[family] = alive[family][:keep]
             todo = [(f, n) for f in space for n in alive[f] if (f, n, steps) not in done]
-            futures = {(f, n): pool.submit(trial, given.out, f, n, space[f][n], steps) for f, n in todo}
+            futures = {(f, n): pool.submit(trial, given.out, given.model, f, n, space[f][n], steps) for f, n in todo}
             for (family, number), future in futures.items():
                 try:
                     row = future.result()

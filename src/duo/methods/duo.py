@@ -76,6 +76,8 @@ class Duo:
         layers = sorted({name for scope in self.targets for name in model.layers(scope)})
         alpha = float(self.rank if self.lora_alpha is None else self.lora_alpha)
         config = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}  # as JSON has it
+        # At a constant rate a longer run begins as a shorter one does, so either may go on from the other's checkpoint.
+        trained = {key: v for key, v in config.items() if key not in ("max_train_steps", "checkpointing_steps")}
         with attach_lora(model.denoiser, layers, rank=self.rank, alpha=alpha, seed=run.seed) as lora:
             steps = fit(
                 self._objective(model, lora, unsafe=unsafe, safe=safe, empty=empty),
@@ -87,7 +89,7 @@ class Duo:
                 seed=run.seed,
                 folder=run.folder / "checkpoints",
                 checkpointing_steps=self.checkpointing_steps,
-                record={**config, "pairs": pairs.digest(), "model": model.name, "seed": run.seed},
+                record={**trained, "pairs": pairs.digest(), "model": model.name, "seed": run.seed},
             )
             with run.progress(self.max_train_steps, "duo") as bar:
                 for step in steps:
