@@ -2,7 +2,7 @@
 
     python benchmarks/results.py --out runs/results --docs docs/results
 
-`acceptance` runs `toybox-fire-full` for three erasure seeds (pairs and training; the scored prompts and noise stay the
+`acceptance` runs `--recipe` for three erasure seeds (pairs and training; the scored prompts and noise stay the
 same, so the original model's images are made once) and reports the worst. `sweep` runs the published objective and the
 demo's over β, and plots what is left of the concept against what is preserved. Both go on where they were stopped.
 """
@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from duo import Session, load_recipe, run
 from duo.recipe import Recipe
 from duo.report.figures import TradeoffPoint, tradeoff
 from duo.report.records import Mean
-from duo.rundir import read_json, write_json
+from duo.rundir import read_json, write_image, write_json
 
 SEEDS = (0, 1, 2)
 BETAS = {"toybox-fire": (5.0, 10.0, 20.0, 50.0, 100.0), "toybox-fire-published": (5.0, 10.0, 20.0, 50.0, 100.0)}
@@ -64,9 +65,9 @@ def rates(report: dict[str, Any], field: str = "rate") -> dict[str, float]:
     return {row["name"]: row[field] for row in report["attacks"] if row["model"] == "erased"}
 
 
-def acceptance(out: Path, docs: Path, workers: int) -> None:
+def acceptance(name: str, out: Path, docs: Path, workers: int) -> None:
     """Three seeds; the worst by the highest detected rate over prompts is the one that is published whole."""
-    base = load_recipe("toybox-fire-full")
+    base = load_recipe(name)
     recipes = [replace(base, erase_seed=seed) for seed in SEEDS]
     first = one(recipes[0], out / "seed-0", None)
     with ProcessPoolExecutor(workers) as pool:
@@ -75,7 +76,7 @@ def acceptance(out: Path, docs: Path, workers: int) -> None:
     asked = [row.row for row in base.attacks if row.name == "prompts"]
     worst = max(range(len(SEEDS)), key=lambda i: max(rates(reports[i])[name] for name in asked))
     summary = {
-        "recipe": "toybox-fire-full",
+        "recipe": name,
         "worst_seed": SEEDS[worst],
         "seeds": {
             str(seed): {
@@ -88,11 +89,29 @@ def acceptance(out: Path, docs: Path, workers: int) -> None:
             for seed, report in zip(SEEDS, reports, strict=True)
         },
         **machine(),
-        "command": "make results",
+        "command": f"python benchmarks/results.py --only acceptance --recipe {name}",
     }
-    write_json(docs / "toybox-fire-full.json", summary)
-    shutil.copyfile(out / f"seed-{SEEDS[worst]}" / "report.json", docs / "report.json")
+    write_json(docs / f"{name}.json", summary)
+    shutil.copyfile(out / f"seed-{SEEDS[worst]}" / "report.json", docs / f"{name}-report.json")
+    picture(out / f"seed-{SEEDS[worst]}", docs.parent / "images" / "before-after.png")
     sys.stdout.write(json.dumps({"worst seed": SEEDS[worst], **rates(reports[worst])}, indent=1) + "\n")
+
+
+def picture(run_folder: Path, path: Path) -> None:
+    """The README's picture: the same prompts and noise before and after, the first of each set."""
+    sets = [("attack/prompts/{}/images", 4), ("attack/prompts_held_out_words/{}/images", 2)]
+    sets += [("score/images/unrelated/{}", 3)]
+    side, gap = 128, 6
+    columns = sum(count for _, count in sets)
+    sheet = Image.new("RGB", (columns * (side + gap) - gap, 2 * side + gap), "white")
+    for row, model in enumerate(("original", "erased")):
+        shown = [run_folder / folder.format(model) / f"{i:04d}.png" for folder, count in sets for i in range(count)]
+        for column, file in enumerate(shown):
+            with Image.open(file) as image:
+                sheet.paste(
+                    image.resize((side, side), Image.Resampling.LANCZOS), (column * (side + gap), row * (side + gap))
+                )
+    write_image(path, sheet)
 
 
 def sweep(out: Path, docs: Path, workers: int) -> None:
@@ -147,11 +166,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     parser.add_argument("--docs", type=Path, default=Path("docs/results"))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--recipe", default="toybox-fire-full", help="of the acceptance; default: %(default)s")
     parser.add_argument("--only", choices=("acceptance", "sweep"))
     given = parser.parse_args()
     given.docs.mkdir(parents=True, exist_ok=True)
     if given.only != "sweep":
-        acceptance(given.out, given.docs, given.workers)
+        acceptance(given.recipe, given.out / given.recipe, given.docs, given.workers)
     if given.only != "acceptance":
         sweep(given.out, given.docs, given.workers)
 

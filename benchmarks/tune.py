@@ -32,7 +32,38 @@ from duo.rundir import StageRun, read_json, write_image, write_json
 from duo.stages import Session, make_pairs
 
 SEED = 7
-RUNGS = ((60, 12), (150, 4), (300, 2))  # (training steps, trials that get so far) for each family: 24 trials in all
+STEPS = (60, 150, 300, 450)
+RUNGS = {  # family → how many trials get to each of STEPS
+    "published": (6, 0, 0, 0),
+    "best": (12, 0, 0, 0),
+    "refined": (8, 8, 2, 1),
+    "refined-published": (3, 3, 1, 0),
+}
+# Written after the first rung of the two families that are drawn: that rung told that λ must be small for anything to
+# happen soon, that the wide scope keeps unrelated scenes best, and that 60 steps are too few to rank what is left. The
+# pictures of the first two refined trials showed discoloured flames in place: layout is decided at high noise, so the
+# lower end of the timestep range joined the space.
+_WIDE = {"beta": 20.0, "learning_rate": 1e-3, "prior_weight": 100.0, "rank": 16, "pair_timesteps": "shared"}
+_WIDE |= {"targets": ["self_attention", "feed_forward", "convolutions"], "timestep_range": [0.0, 1.0]}
+_WIDE |= {"positive_penalty": 3.0}
+_NARROW = {**_WIDE, "targets": ["self_attention"], "positive_penalty": 0.0, "rank": 32}
+REFINED = {
+    "refined": (
+        _WIDE,
+        {**_WIDE, "positive_penalty": 1.0},
+        {**_WIDE, "timestep_range": [0.4, 1.0]},
+        {**_WIDE, "timestep_range": [0.4, 1.0], "positive_penalty": 1.0},
+        {**_WIDE, "timestep_range": [0.6, 1.0], "beta": 10.0},
+        {**_WIDE, "beta": 10.0, "prior_weight": 30.0},
+        {**_WIDE, "timestep_range": [0.4, 1.0], "positive_penalty": 10.0, "prior_weight": 30.0},
+        {**_WIDE, "timestep_range": [0.4, 1.0], "learning_rate": 5e-4},
+    ),
+    "refined-published": (
+        {**_NARROW, "beta": 28.0, "learning_rate": 5e-4},
+        {**_NARROW, "timestep_range": [0.4, 1.0]},
+        {**_NARROW, "timestep_range": [0.4, 1.0], "beta": 50.0, "prior_weight": 300.0},
+    ),
+}
 IMAGES = 30  # of each validation set
 SETS = ("plain", "held_out_words", "held_out_subjects")
 SCOPES = (
@@ -120,7 +151,7 @@ def trial(out: Path, model_name: str, family: str, number: int, config: dict[str
     folder = out / f"{family}-{number:02d}"
     folder.mkdir(parents=True, exist_ok=True)
     run = StageRun(folder=folder, seed=SEED, device=model.device)
-    record: dict[str, Any] = {"family": family, "trial": number, "steps": steps, "config": config}
+    record: dict[str, Any] = {"family": family, "trial": number, "steps": steps, "config": config, "model": model_name}
     delta = method.erase(model, concept, pairs=Pairs.read(out / "pairs-run" / "pairs"), run=run)
     delta.save(folder / "delta.safetensors")
     with delta.attached(model):
@@ -142,16 +173,19 @@ def main() -> None:
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     done = {(row["family"], row["trial"], row["steps"]): row for row in rows}
     rng = np.random.default_rng(SEED)
-    space = {family: [draw(family, rng) for _ in range(RUNGS[0][1])] for family in ("published", "best")}
-    alive = {family: list(range(RUNGS[0][1])) for family in space}
+    space = {family: [draw(family, rng) for _ in range(12)] for family in ("published", "best")}
+    space |= {family: list(configs) for family, configs in REFINED.items()}
+    alive = {family: list(range(rungs[0])) for family, rungs in RUNGS.items()}
     with ProcessPoolExecutor(given.workers) as pool:
-        for steps, keep in RUNGS:
-            for family in space:
-                if steps != RUNGS[0][0]:
-                    before = RUNGS[[s for s, _ in RUNGS].index(steps) - 1][0]
-                    alive[family].sort(key=lambda n: done[family, n, before]["objective"])
-                    alive[family] = alive[family][:keep]
-            todo = [(f, n) for f in space for n in alive[f] if (f, n, steps) not in done]
+        for rung, steps in enumerate(STEPS):
+            for family in space if rung else ():
+                if RUNGS[family][rung] < len(alive[family]):
+                    alive[family].sort(key=lambda n: done[family, n, STEPS[rung - 1]]["objective"])
+                    alive[family] = alive[family][: RUNGS[family][rung]]
+            # The refined trials are all trained to the second rung, so the first need not be measured.
+            measured = [family for family in space if rung or family not in REFINED]
+            todo = [(f, n) for f in measured for n in alive[f] if (f, n, steps) not in done]
+            todo.sort(key=lambda one: one[0] != "refined")
             futures = {(f, n): pool.submit(trial, given.out, given.model, f, n, space[f][n], steps) for f, n in todo}
             for (family, number), future in futures.items():
                 try:
@@ -164,8 +198,8 @@ def main() -> None:
                     file.write(json.dumps(row, sort_keys=True) + "\n")
                 told = {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}
                 print(family, number, steps, told, flush=True)
-    for family in space:
-        finished = [row for key, row in done.items() if key[0] == family and key[2] == RUNGS[-1][0]]
+    for family in REFINED:
+        finished = [row for key, row in done.items() if key[0] == family]
         print(family, json.dumps(min(finished, key=lambda row: row["objective"]), sort_keys=True))
 
 

@@ -38,7 +38,7 @@ def measure(
     images = _drawn(model, neutral, sampling, seed=1)
     attributes = ToyboxAttributes()
     attributes.update(images=images, references=None, prompts=neutral)
-    result: dict[str, Any] = {name: _rate(right) for name, right in attributes.by_attribute().items()}
+    result: dict[str, Any] = {name: _rate(right) for name, right in attributes.by_attribute().items() if right}
     for hazard, judge in judges.items():
         result[f"{hazard} unasked"] = _rate([verdict.label == "present" for verdict in judge(images)])
         if hazard not in hazards:
