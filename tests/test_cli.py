@@ -134,6 +134,27 @@ def test_a_full_disk_is_told_in_one_line(
     assert "duo: image.png: No space left on device; nothing is lost: go on with" in capsys.readouterr().err
 
 
+def test_memory_that_does_not_suffice_is_told_and_other_errors_are_not_hidden(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from duo import stages
+
+    def fail(error: Exception) -> None:
+        def session(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(stages, "Session", session)
+
+    fail(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert main(["run", str(recipe), "--out", str(tmp_path / "a b")]) == 2
+    told = capsys.readouterr().err
+    assert "duo: out of memory; lower block" in told
+    assert f"--out '{tmp_path / 'a b'}' --resume`" in told
+    fail(RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        main(["run", str(recipe), "--out", str(tmp_path / "run")])
+
+
 @pytest.mark.parametrize("kind", [*plugins.KINDS, "concepts", "recipes"])
 def test_list_prints_a_name_a_line(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", kind]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any, Literal
 
 import pytest
@@ -81,6 +82,11 @@ def test_as_table_is_the_inverse_of_build() -> None:
         ({"many": [{"width": "w"}]}, "t.many[0].width is 'w', expected an integer"),
         ({"named": {"left": {"width": None}}}, "t.named.left.width is None, expected an integer"),
         ({"leaf": {"beta": 1}}, "t.leaf is {'beta': 1}, expected a table with the name of a plugin: {name = …}"),
+        ({"rate": float("inf")}, "t.rate is inf, which is not finite, expected a number"),
+        ({"rate": float("nan")}, "t.rate is nan, which is not finite, expected a number"),
+        ({"steps": 2**63}, "t.steps is 9223372036854775808, which does not fit in 64 bits, expected an integer"),
+        ({"note": date(2020, 1, 1)}, "t.note is a date or a time, expected a string or nothing"),
+        ({"words": ["a", date(2020, 1, 1)]}, "t.words is a date or a time, expected a list of a string"),
         ({"steps": 0}, "t: steps is 0, expected at least 1"),
     ],
 )
@@ -104,7 +110,16 @@ def test_flags_hold_only_what_was_given() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("3", 3), ("3e-4", 3e-4), ("true", True), ("word", "word"), ('"3"', "3"), ("[1, 2]", [1, 2])]
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("3e-4", 3e-4),
+        ("true", True),
+        ("word", "word"),
+        ('"3"', "3"),
+        ("[1, 2]", [1, 2]),
+        ("9" * 5000, "9" * 5000),
+    ],
 )
 def test_values_are_read_as_toml(text: str, value: object) -> None:
     assert read_value(text) == value

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from duo.errors import UserError
 from duo.models import load_family
@@ -40,6 +41,34 @@ def test_damaged_weights_are_one_line(tiny_folder: Path, tmp_path: Path) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_weights_of_another_network_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    shutil.copytree(tiny_folder, folder)
+    name = "diffusion_pytorch_model.safetensors"
+    shutil.copy(folder / "vae" / name, folder / "unet" / name)
+    with pytest.raises(UserError, match="the weights of unet lack"):
+        load_family(str(folder), device="cpu")
+
+
+def test_a_text_encoder_is_not_filled_up_with_random_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "gaps"
+    shutil.copytree(tiny_folder, folder)
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[next(name for name in tensors if name.endswith("token_embedding.weight"))]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"the weights of text_encoder lack .*token_embedding\.weight"):
+        load_family(str(folder), device="cpu")
+
+
+def test_a_missing_tokenizer_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "dumb"
+    shutil.copytree(tiny_folder, folder)
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(UserError, match="tokenizer holds no tokenizer"):
+        load_family(str(folder), device="cpu")
+
+
 def test_a_class_that_no_family_serves(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
     with pytest.raises(UserError, match=r"is a KandinskyPipeline; supported are .*StableDiffusionPipeline"):
@@ -56,6 +85,13 @@ def test_a_broken_index(tmp_path: Path, content: str) -> None:
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a diffusers model: it has no model_index\.json"):
         load_family(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "cuda:99", "meta"])
+def test_a_device_that_is_not_there(tiny_folder: Path, device: str) -> None:
+    with pytest.raises(UserError, match=f"--device {device}: .*give one that this machine has") as caught:
+        load_family(str(tiny_folder), device=device)
+    assert "\n" not in str(caught.value)
 
 
 def test_names_that_lead_nowhere() -> None:

@@ -81,16 +81,34 @@ def test_overrides_reach_every_level(path: Path) -> None:
         ("pairs.n=0", r"small\.toml: pairs: n is 0, expected at least 1"),
         ("pears.n=3", r"small\.toml has no field 'pears' \(did you mean 'pairs'\?\)"),
         ("attacks.bel.generations=3", r"no attack has the row 'bel' \(did you mean 'bell'\?\)"),
+        ("attacks.bell=3", r"attacks\.bell is a whole attack; name a field of it"),
         ("attacks.bell.row=prompts", "two attacks have the row name 'prompts'"),
         ("attacks.bell.row=../x", r"attacks\[1\]: row is '\.\./x'"),
         ("seed.x=3", "seed is 3, which has no fields"),
         ("method.beta", "expected field=value"),
         ("pairs.strength=0.4", "less than one step"),
+        ("pairs.guidance_scale=-1", "guidance_scale is -1.0, expected at least 0"),
+        ("sampling.num_inference_steps=0", "num_inference_steps is 0, expected at least 1"),
+        ("sampling.guidance_scale=-1", "guidance_scale is -1.0, expected at least 0"),
+        ("erase_seed=-1", "erase_seed is -1, expected at least 0"),
     ],
 )
 def test_a_wrong_override_is_named(path: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_recipe(path, overrides=[override])
+
+
+def test_a_field_of_the_row_is_meant_where_the_attack_has_none_of_that_name(path: Path) -> None:
+    recipe = load_recipe(path, overrides=["attacks.prompts.imges=3"])
+    with pytest.raises(UserError, match=r"attacks\.prompts has no field 'imges' \(did you mean 'images'\?\)"):
+        recipe.attacks[0].make()
+
+
+def test_a_wrong_set_of_a_file_names_the_file(path: Path) -> None:
+    other = path.with_name("other.toml")
+    other.write_text('extends = "small.toml"\nset = ["attacks.bel.images=3"]')
+    with pytest.raises(UserError, match=r"other\.toml: set 'attacks\.bel\.images=3': no attack has the row 'bel'"):
+        load_recipe(other)
 
 
 def test_an_unknown_recipe_is_named() -> None:

@@ -47,7 +47,14 @@ def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
     rundir.append_jsonl(path, {"i": 0})
     with path.open("a") as file:
         file.write('{"i": 1')
-    assert rundir.read_jsonl(path) == [{"i": 0}]
+    assert rundir.read_jsonl(path, appended=True) == [{"i": 0}]
+
+
+@pytest.mark.parametrize(("content", "reason"), [('{"i": 0}\n{"i"', "cut off"), ("[1]\n", "a row is no object")])
+def test_rows_that_are_broken_are_named(tmp_path: Path, content: str, reason: str) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(UserError, match=rf"a\.jsonl is not valid JSONL .*{reason}"):
+        rundir.read_jsonl(tmp_path / "a.jsonl")
 
 
 def test_a_resumed_log_ends_as_one_that_was_never_stopped(tmp_path: Path) -> None:
@@ -73,6 +80,26 @@ def test_a_stage_is_finished_only_with_its_manifest(tmp_path: Path) -> None:
     assert stage.require("pairs") == {"schema": 1, "config": {"n": 3}, "digest": "d"}
     assert not stage.begin({"n": 3}), "nothing is left to do"
     assert [path.name for path in stage.folder.iterdir()] == ["manifest.json"]
+
+
+def test_a_kill_between_the_manifest_and_the_end_leaves_no_trace(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.begin({})
+    partial = stage.partial.read_bytes()
+    stage.finish()
+    stage.partial.write_bytes(partial)
+    assert not stage.begin({})
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"config": 3}'])
+def test_a_record_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match=r"manifest\.json has no table 'config'"):
+        Stage(tmp_path).require("pairs")
+    with pytest.raises(UserError, match=r"run\.json has no table 'recipe'"):
+        RunDir(tmp_path).describe({"recipe": {}}, fixed={})
 
 
 @pytest.mark.parametrize("finished", [False, True])

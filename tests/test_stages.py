@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -452,12 +451,37 @@ def test_seeds_depend_on_every_part_of_the_purpose() -> None:
         ("score.unsafe_row=bel", r"no attack has the row 'bel' \(did you mean 'bell'\?\)"),
         ("method.sise=1", r"method has no field 'sise' \(did you mean 'size'\?\)"),
         ("attacks.prompts.lenght=1", r"attacks\.prompts has no field 'lenght'"),
+        ("score.preservation=closenes", "no metric is called 'closenes'"),
+        ("score.adherence=nameds", "no metric is called 'nameds'"),
+        ("score.adherence=closeness", "the metric 'closeness' does not tell attributes apart"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(open_session: Any, override: str, message: str) -> None:
+def test_mistakes_are_told_before_anything_is_written(
+    open_session: Any, tmp_path: Path, override: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         open_session("never", override)
-    assert not Path(sys.argv[0]).parent.joinpath("never").exists()
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_wrong_judge_of_a_near_miss_is_told_at_once(open_session: Any) -> None:
+    with pytest.raises(UserError, match=r"near_miss\.car\.judge has no field 'presnt' \(did you mean 'present'\?\)"):
+        open_session(concept=CONCEPT.replace("present = 1.0", "presnt = 1.0"))
+
+
+def test_pairs_that_were_changed_are_refused(open_session: Any) -> None:
+    session = open_session()
+    make_pairs(session)
+    folder = session.dir.path / "pairs"
+    (folder / "safe" / "0000.png").write_bytes((folder / "safe" / "0001.png").read_bytes())
+    with pytest.raises(UserError, match="pairs: images were changed"):
+        erase(session)
+
+
+def test_a_report_of_nothing_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a run folder"):
+        report(tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
 
 
 def test_every_prompt_of_a_near_miss_must_name_its_attribute(open_session: Any) -> None:

@@ -84,6 +84,12 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:
     assert torch.equal(again.parameters[0], first.parameters[0])
 
 
+def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path) -> None:
+    run(Quadratic(), tmp_path, steps=8)
+    with pytest.raises(UserError, match="holds a checkpoint of step 8, which is beyond step 6"):
+        run(Quadratic(), tmp_path, steps=6)
+
+
 def test_the_last_two_checkpoints_are_kept(tmp_path: Path) -> None:
     run(Quadratic(), tmp_path, steps=18)
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -135,7 +141,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     run(Quadratic(), tmp_path, steps=8)
     newest = tmp_path / "checkpoint-0000008.safetensors"
     newest.write_bytes(newest.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"checkpoint-0000008\.safetensors cannot be resumed from"):
+    with pytest.raises(UserError, match=r"checkpoint-0000008\.safetensors cannot be read as safetensors"):
         run(Quadratic(), tmp_path)
     newest.unlink()
     assert len(run(Quadratic(), tmp_path, steps=8)) == 4

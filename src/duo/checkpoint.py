@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from duo.errors import UserError
 
 METADATA_KEY = "duo"
 
@@ -31,11 +33,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """The tensors of a file of `write_tensors` and its record (empty for a file made by other software)."""
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        metadata = file.metadata() or {}
-    return tensors, json.loads(metadata.get(METADATA_KEY, "{}"))
+    """The tensors of a file of `write_tensors` and its record (empty for a file made by other software).
+
+    Raises `UserError` where the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            metadata = file.metadata() or {}
+        record = json.loads(metadata.get(METADATA_KEY, "{}"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as safetensors ({error}); remove it, and make it again") from error
+    return tensors, record
 
 
 def save_training_state(

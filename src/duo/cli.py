@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from duo.stages import Session
 
 MISUSE, INTERRUPTED = 2, 130
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
+PATH_ERRORS = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+MEMORY_ERRORS = ("out of memory", "can't allocate memory")  # as torch tells them on CUDA and on the CPU
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,13 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = _parser(arguments).parse_args(arguments)
         given.verb(given)
     except UserError as error:
-        print(f"duo: {error}", file=sys.stderr)
+        print(f"duo: {' '.join(str(error).split())}", file=sys.stderr)
         return MISUSE
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in DISK_ERRORS + PATH_ERRORS:
             raise
         print(
             f"duo: {error.filename or 'the disk'}: {error.strerror}; nothing is lost: {_again(arguments)}",
+            file=sys.stderr,
+        )
+        return MISUSE
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in MEMORY_ERRORS):
+            raise
+        print(
+            "duo: out of memory; lower block, pairs.block, method.train_batch_size or an attack's batch_size in a new "
+            f"--out, or free some; nothing is lost: {_again(arguments)}",
             file=sys.stderr,
         )
         return MISUSE
@@ -51,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _again(arguments: Sequence[str]) -> str:
     resumed = [*arguments, *(["--resume"] if arguments[:1] == ["run"] and "--resume" not in arguments else [])]
-    return f"go on with `duo {' '.join(resumed)}`"
+    return f"go on with `duo {shlex.join(resumed)}`"
 
 
 # --- the flags --------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from duo.checkpoint import read_tensors, write_tensors
@@ -42,10 +41,7 @@ class Delta:
     @classmethod
     def load(cls, path: Path) -> Delta:
         """Read a file of `save`."""
-        try:
-            tensors, record = read_tensors(path)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read as a delta: {error}") from error
+        tensors, record = read_tensors(path)
         if record.get("schema") != SCHEMA or record.get("kind") not in KINDS:
             raise UserError(f"{path} is not a delta that this version of duo wrote; run `duo erase` again")
         kind = str(record["kind"])

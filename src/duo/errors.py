@@ -14,7 +14,9 @@ class UserError(Exception):
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` where something known is close, else the whole list."""
+    """` (did you mean 'x'?)` where something known is close, else the whole list; nothing where nothing is known."""
     known = sorted(known)
+    if not known:
+        return ""
     close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else f" (known: {', '.join(known)})"

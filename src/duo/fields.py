@@ -10,10 +10,11 @@ import argparse
 import dataclasses
 import datetime
 import json
+import math
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
@@ -53,9 +54,9 @@ class LeafConfig:
         """The flat table that `from_table` reads."""
         return {"name": self.name, **self.settings}
 
-    def make(self, kind: str, where: str) -> Any:
-        """Import the leaf of `kind` and build it from the settings."""
-        return build(plugins.load(kind, self.name), self.settings, where)
+    def make(self, kind: str, where: str, *, beside: Iterable[str] = ("name",)) -> Any:
+        """Import the leaf of `kind` and build it from the settings; `beside` are the table's other fields."""
+        return build_fields(plugins.load(kind, self.name), self.settings, where, beside=beside)
 
 
 def build(cls: type[T], mapping: object, where: str) -> T:
@@ -72,15 +73,18 @@ def build(cls: type[T], mapping: object, where: str) -> T:
     return build_fields(cls, mapping, where)
 
 
-def build_fields(cls: type[T], mapping: object, where: str) -> T:
-    """As `build`, by the fields alone: what a `from_table` calls once it has sorted its table."""
+def build_fields(cls: type[T], mapping: object, where: str, *, beside: Iterable[str] = ()) -> T:
+    """As `build`, by the fields alone: what a `from_table` calls once it has sorted its table.
+
+    `beside` are names that the user's table may hold too: an unknown field may be one of them, mistyped.
+    """
     if not isinstance(mapping, Mapping):
         raise UserError(f"{where} is {_shown(mapping)}, expected a table")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for name in mapping:
         if name not in fields:
-            raise UserError(f"{where.rstrip(':')} has no field {name!r}{did_you_mean(str(name), fields)}")
+            raise UserError(f"{where.rstrip(':')} has no field {name!r}{did_you_mean(str(name), [*fields, *beside])}")
     values = {}
     for name, field in fields.items():
         if name in mapping:
@@ -142,7 +146,7 @@ def read_value(text: str) -> Any:
     """`text` as TOML would read it after an equals sign; a bare word is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # not TOML, or a number of thousands of digits
         return text
 
 
@@ -152,7 +156,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of tomllib, of UTF-8, or of a path with a NUL in it
         raise UserError(f"{path} is not valid TOML: {error}") from error
 
 
@@ -180,8 +184,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise UserError(f"{where} is {_shown(value)}, expected a table of tables")
         return {key: build(item, entry, f"{where}.{key}") for key, entry in value.items()}
-    if isinstance(value, (datetime.date, datetime.time)):
-        raise UserError(f"{where} is a date or a time, expected {_described(hint)}")
+    if unfit := _unfit(value):
+        raise UserError(f"{where} is {unfit}, expected {_described(hint)}")
     try:
         # Strict JSON is what TOML means: an array may fill a tuple, but "1" is no number and 1 is no truth value.
         return TypeAdapter(hint).validate_json(json.dumps(as_table(value)), strict=True)
@@ -191,6 +195,21 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         inner = error.errors()[0]["loc"]
         place = where + "".join(f"[{part}]" for part in inner if isinstance(part, int))
         raise UserError(f"{place} is {_shown(value)}, expected {_described(hint)}") from error
+
+
+def _unfit(value: object) -> str | None:
+    """What TOML can hold and a configuration cannot, in words, at whatever depth; None where all is well."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, map(_unfit, value)), None)
+    if isinstance(value, (datetime.date, datetime.time)):
+        return "a date or a time"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}, which is not finite"
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"{_shown(value)}, which does not fit in 64 bits"
+    return None
 
 
 def _inside(where: str, name: str) -> str:

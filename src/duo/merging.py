@@ -20,7 +20,7 @@ from duo.errors import UserError
 from duo.fields import build
 from duo.models import load_family
 from duo.recipe import Recipe
-from duo.rundir import RunDir, read_json
+from duo.rundir import RunDir, read_table
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def merge(run: Path, out: Path, *, device: torch.device | str = "cpu") -> int:
     if out.exists():
         raise UserError(f"{out} exists already; name a new folder")
     RunDir(run).stage("erase").require("erase")
-    recipe = build(Recipe, read_json(run / "run.json")["recipe"], f"{run / 'run.json'}: recipe")
+    recipe = build(Recipe, read_table(run / "run.json", "recipe")["recipe"], f"{run / 'run.json'}: recipe")
     delta = Delta.load(run / "erase" / "delta.safetensors")
     model = load_family(recipe.model, device=device)
     with delta.attached(model):

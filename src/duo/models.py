@@ -19,6 +19,18 @@ INDEX = "model_index.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def usable_device(device: torch.device | str) -> torch.device:
+    """`device` as torch has it, or a `UserError` where it is no device or none that holds numbers here."""
+    import torch
+
+    try:
+        torch.ones(1, device=device).item()
+        return torch.device(device)
+    except (RuntimeError, AssertionError, ImportError) as error:  # torch asserts that it was built for CUDA
+        reason = (str(error).strip() or "there is none").splitlines()[0]
+        raise UserError(f"--device {device}: {reason}; give one that this machine has, such as cpu") from error
+
+
 def load_family(model: str, *, device: torch.device | str, dtype: torch.dtype | None = None) -> plugins.Family:
     """Load `model` as the family that serves its pipeline class, in `dtype` (float32 where None).
 
@@ -34,7 +46,8 @@ def load_family(model: str, *, device: torch.device | str, dtype: torch.dtype | 
     for name in plugins.names("families"):
         family: Any = plugins.load("families", name)
         if pipeline in family.pipelines:
-            loaded: plugins.Family = family.load(source, name=model, device=device, dtype=dtype or torch.float32)
+            on = usable_device(device)
+            loaded: plugins.Family = family.load(source, name=model, device=on, dtype=dtype or torch.float32)
             return loaded
         supported |= family.pipelines
     raise UserError(f"model {model!r} is a {pipeline}; supported are {', '.join(sorted(supported))}")
@@ -50,7 +63,9 @@ def _locate(model: str) -> tuple[str, Path]:
     folder = Path(model).expanduser()
     if folder.exists():
         if not (folder / INDEX).is_file():
-            raise UserError(f"{model} is not a diffusers model: it has no {INDEX}")
+            raise UserError(
+                f"{model or 'model is empty, and the folder here'} is not a diffusers model: it has no {INDEX}"
+            )
         return str(folder), folder / INDEX
     if not _HUB_ID.fullmatch(model):
         raise UserError(f"no model is called {model!r}, nor is it a folder or a hub id{did_you_mean(model, EMBEDDED)}")

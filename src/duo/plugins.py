@@ -41,6 +41,12 @@ class Sampling:
     guidance_scale: float = 7.5
     scheduler: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps is {self.num_inference_steps}, expected at least 1")
+        if not self.guidance_scale >= 0:
+            raise ValueError(f"guidance_scale is {self.guidance_scale}, expected at least 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:

@@ -51,6 +51,7 @@ from duo.fields import LeafConfig, build, build_fields, read_toml, read_value
 from duo.plugins import Sampling
 
 FOLDER = Path(__file__).parent / "recipes"
+ROW_FIELDS = ("row", "name", "prompts", "images", "searches")  # of an attack's table; the others are the leaf's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class PairSettings:
     block: int = 16  # images generated together
 
     def __post_init__(self) -> None:
-        _at_least(self, n=1, max_tries=1, max_edits=1, block=1)
+        _at_least(self, n=1, max_tries=1, max_edits=1, block=1, guidance_scale=0)
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength is {self.strength}, expected more than 0 and at most 1")
 
@@ -112,7 +113,7 @@ class AttackRow:
         """Split the row's own fields from the leaf's, which are checked when the leaf is made."""
         if not isinstance(table, Mapping):
             raise UserError(f"{where} is {table!r}, expected a table")
-        own = {key: table[key] for key in ("row", "name", "prompts", "images", "searches") if key in table}
+        own = {key: table[key] for key in ROW_FIELDS if key in table}
         settings = {key: value for key, value in table.items() if key not in own}
         return build_fields(cls, {**own, "settings": settings}, where)
 
@@ -124,7 +125,9 @@ class AttackRow:
 
     def make(self) -> Any:
         """Import the attack and build it from the settings."""
-        return LeafConfig(name=self.name, settings=self.settings).make("attacks", f"attacks.{self.row}")
+        return LeafConfig(name=self.name, settings=self.settings).make(
+            "attacks", f"attacks.{self.row}", beside=ROW_FIELDS
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +149,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _at_least(self, seed=0, block=1, attack_images=1)
+        if self.erase_seed is not None:
+            _at_least(self, erase_seed=0)
         if int(self.pairs.strength * self.sampling.num_inference_steps) < 1:
             raise ValueError("pairs.strength times sampling.num_inference_steps is less than one step; raise either")
         repeated = [row for row, count in Counter(attack.row for attack in self.attacks).items() if count > 1]
@@ -166,7 +171,7 @@ def load_recipe(name: str | Path, *, overrides: Sequence[str] = (), seed: int | 
     path = _path(name)
     table = _read(path)
     for override in overrides:
-        _override(table, override)
+        _override(table, override, f"--set {override}")
     if seed is not None:
         table["seed"] = seed
     return build(Recipe, table, f"{path}:" if path.parent != FOLDER else f"recipe {name}:")
@@ -198,7 +203,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(overrides, list) or not all(isinstance(one, str) for one in overrides):
         raise UserError(f"{path}: set is {overrides!r}, expected a list of field=value")
     for override in overrides:
-        _override(table, override)
+        _override(table, override, f"{path}: set {override!r}")
     return table
 
 
@@ -210,21 +215,25 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return base
 
 
-def _override(table: dict[str, Any], text: str) -> None:
-    """Apply one `field.field=value` to the recipe's tables."""
+def _override(table: dict[str, Any], text: str, where: str) -> None:
+    """Apply one `field.field=value` to the recipe's tables; `where` names it in messages."""
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(f"--set {text}: expected field=value, such as method.beta=20")
+        raise UserError(f"{where}: expected field=value, such as method.beta=20")
     here: Any = table
     for depth, part in enumerate(parts):
         if isinstance(here, list):
             rows = {entry.get("row"): entry for entry in here if isinstance(entry, dict)}
-            if part not in rows or depth == len(parts) - 1:
-                raise UserError(f"--set {text}: no attack has the row {part!r}{did_you_mean(part, map(str, rows))}")
+            if part not in rows:
+                raise UserError(f"{where}: no attack has the row {part!r}{did_you_mean(part, map(str, rows))}")
+            if depth == len(parts) - 1:
+                raise UserError(
+                    f"{where}: {key.strip()} is a whole attack; name a field of it: {key.strip()}.images=60"
+                )
             here = rows[part]
         elif not isinstance(here, dict):
-            raise UserError(f"--set {text}: {'.'.join(parts[:depth])} is {here!r}, which has no fields")
+            raise UserError(f"{where}: {'.'.join(parts[:depth])} is {here!r}, which has no fields")
         elif depth == len(parts) - 1:
             here[part] = read_value(value.strip())
         else:

@@ -61,6 +61,14 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}); restore it, or start anew with another --out") from error
 
 
+def read_table(path: Path, key: str) -> dict[str, Any]:
+    """As `read_json`, of an object that must have `key`."""
+    value = read_json(path)
+    if not isinstance(value, dict) or not isinstance(value.get(key), dict):
+        raise UserError(f"{path} has no table {key!r}; restore it, or start anew with another --out")
+    return value
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, all at once."""
     write_bytes(path, "".join(_line(row) for row in rows).encode())
@@ -76,13 +84,22 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; none where there is no file. A last line that was cut off by a kill is left out."""
+def read_jsonl(path: Path, *, appended: bool = False) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; none where there is no file.
+
+    Of a file that is `appended` to, a last line that was cut off by a kill is left out; one that is written at once is
+    broken if it does not end in a newline.
+    """
     if not path.exists():
         return []
-    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    whole, _, cut_off = path.read_bytes().rpartition(b"\n")
     try:
-        return [json.loads(line) for line in whole.splitlines()]
+        if cut_off and not appended:
+            raise ValueError("its last line is cut off")
+        rows = [json.loads(line) for line in whole.splitlines()]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a row is no object")
+        return rows
     except ValueError as error:
         raise UserError(f"{path} is not valid JSONL ({error}); restore it, or start anew with another --out") from error
 
@@ -144,6 +161,7 @@ class Stage:
         if self.begun:
             self._same(config)
         if self.finished:
+            self.partial.unlink(missing_ok=True)  # a kill may have come between the two
             return False
         if not self.begun:
             write_json(self.partial, {"schema": SCHEMA, "config": config})
@@ -166,14 +184,16 @@ class Stage:
             raise UserError(f"{self.folder} is not finished; run `duo {verb}` first")
         if config is not None:
             self._same(config)
-        manifest: dict[str, Any] = read_json(self.manifest)
-        return manifest
+        return read_table(self.manifest, "config")
 
     def _same(self, config: Mapping[str, Any]) -> None:
-        found = read_json(self.manifest if self.finished else self.partial)["config"]
+        found = read_table(self.manifest if self.finished else self.partial, "config")["config"]
         difference = _difference(found, json.loads(json.dumps(config)))
         if difference:
-            raise UserError(f"{self.folder} was made with {difference}; give that again, or another --out")
+            raise UserError(
+                f"{self.folder} was made with {difference}; give that again, name another --out, or remove the folder "
+                "and those of the stages after it"
+            )
 
 
 class Blocks:
@@ -230,7 +250,7 @@ def _short(value: object) -> str:
 def _tidy_log(path: Path) -> None:
     """Of a row that was written again after a resume, keep the last: the log of a run that was never stopped."""
     rows: dict[object, dict[str, Any]] = {}
-    for row in read_jsonl(path):
+    for row in read_jsonl(path, appended=True):
         rows[row["step"] if "step" in row else _line(row)] = row
     if rows:
         write_jsonl(path, rows.values())
@@ -276,7 +296,7 @@ class RunDir:
         """
         path = self.path / "run.json"
         new = json.loads(json.dumps({"schema": SCHEMA, **record}))
-        old = read_json(path) if path.exists() else new
+        old = read_table(path, "recipe") if path.exists() else new
         kept = [field for stage, names in fixed.items() if self.stage(stage).begun for field in names]
         for where, before, now, keys in (
             ("", old, new, ("versions", "world_digest")),
@@ -285,7 +305,10 @@ class RunDir:
             for key in keys:
                 difference = _difference(before.get(key), now.get(key), f"{where}{key}")
                 if difference:
-                    raise UserError(f"{path} has {difference}; go back to that, or give another --out")
+                    raise UserError(
+                        f"{path} has {difference}; go back to that, name another --out, or remove the folders of the "
+                        "stages that used it"
+                    )
         if not path.exists() or old != new:
             write_json(path, new)
 

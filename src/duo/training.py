@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from duo.checkpoint import load_training_state, save_training_state
@@ -116,6 +115,8 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     generator = torch.Generator().manual_seed(seed)
     start = _resume(folder, parameters, optimizer, generator, record)
+    if start > steps:
+        raise UserError(f"{folder} holds a checkpoint of step {start}, which is beyond step {steps}; name a new --out")
     for step in range(start + 1, steps + 1):
         optimizer.zero_grad(set_to_none=True)
         value, told = loss(generator)
@@ -125,9 +126,10 @@ def fit(
         scalars = [value.detach(), norm, *told.values()]
         loss_value, grad_norm, *rest = torch.stack([scalar.float() for scalar in scalars]).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
+            kept = _checkpoints(folder)
             raise UserError(
                 f"step {step}: loss {loss_value}, gradient norm {grad_norm}; lower learning_rate "
-                f"(now {learning_rate:g}); the last good checkpoint is in {folder}"
+                f"(now {learning_rate:g}) in a new --out{f'; the last good checkpoint is {kept[-1]}' if kept else ''}"
             )
         optimizer.step()
         if step % checkpointing_steps == 0 or step == steps:
@@ -183,7 +185,7 @@ def _resume(
         step, kept = load_training_state(
             newest, modules={"adapter": parameters}, optimizer=optimizer, generator=generator
         )
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except (RuntimeError, KeyError) as error:
         raise UserError(f"{newest} cannot be resumed from ({error}); delete it to go on from the one before") from error
     before: Any = kept["run"]
     if before != dict(record):

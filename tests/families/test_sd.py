@@ -159,6 +159,13 @@ def test_times_fill_the_range_and_no_more(tiny_sd) -> None:
     assert (t.min().item(), t.max().item()) == (0, 749)
     narrow = tiny_sd.process.sample_t(1000, low=0.5, high=0.51, generator=torch.Generator().manual_seed(0))
     assert (narrow.min().item(), narrow.max().item()) == (500, 509)
+    with pytest.raises(UserError, match=r"timestep_range: none of the 1000 steps lies between 0\.5 and 0\.5001"):
+        tiny_sd.process.sample_t(1, low=0.5, high=0.5001, generator=torch.Generator())
+
+
+def test_more_steps_than_the_schedule_has_are_refused(tiny_sd) -> None:
+    with pytest.raises(UserError, match="num_inference_steps is 1001, expected at most 1000"):
+        tiny_sd.generate(["a"], seeds=[0], sampling=Sampling(num_inference_steps=1001))
 
 
 def test_layers_by_scope(tiny_sd) -> None:

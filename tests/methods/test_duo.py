@@ -173,8 +173,11 @@ def test_published_shorthands() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"beta": 0.0}, "beta = 0"),
-        ({"learning_rate": float("nan")}, "learning_rate = nan"),
+        ({"beta": 0.0}, "beta is 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is 0"),
+        ({"lora_alpha": 0.0}, "lora_alpha is 0"),
+        ({"rank": 10**9}, "rank is 1000000000, expected at most"),
         ({"prior_weight": -1.0}, "prior_weight"),
         ({"pair_timesteps": "both"}, "pair_timesteps"),
         ({"timestep_range": (0.75, 0.0)}, "timestep_range"),
@@ -182,7 +185,7 @@ def test_published_shorthands() -> None:
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message):
         Duo(**changes)
 
 

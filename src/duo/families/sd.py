@@ -19,6 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL.Image import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import CLIPTextModel
 from transformers.utils import logging as transformers_logging
 
 from duo.conditioning import Conditioning
@@ -52,6 +53,8 @@ class DdpmProcess:
         """Draw `n` of the steps low·T … high·T − 1 uniformly."""
         steps = len(self.alphas_cumprod)
         first, end = round(low * steps), round(high * steps)
+        if first >= end:
+            raise UserError(f"timestep_range: none of the {steps} steps lies between {low} and {high}; widen it")
         t = torch.randint(first, end, (n,), generator=generator, device=generator.device)
         return t.to(self.alphas_cumprod.device)
 
@@ -108,10 +111,22 @@ class Sd:
             folder = Path(path_or_id) / part
             if folder.parent.is_dir() and not any(folder.glob("*.safetensors")):
                 raise UserError(f"{folder} holds no .safetensors weights; other formats are not read")
+        tokenizer = Path(path_or_id) / "tokenizer"
+        if tokenizer.parent.is_dir() and not any(tokenizer.glob("*.json")):  # transformers would make an empty one
+            raise UserError(f"{tokenizer} holds no tokenizer; restore it")
         try:
             with _quiet():
+                # Loaded on its own, for only so does transformers tell which weights it had to make up.
+                text_encoder, told = CLIPTextModel.from_pretrained(
+                    str(path_or_id),
+                    subfolder="text_encoder",
+                    dtype=dtype,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
                 pipeline = StableDiffusionPipeline.from_pretrained(
                     str(path_or_id),
+                    text_encoder=text_encoder,
                     dtype=dtype,
                     use_safetensors=True,
                     safety_checker=None,
@@ -122,6 +137,12 @@ class Sd:
         except (OSError, ValueError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"model {name!r} cannot be loaded as safetensors: {reason}") from error
+        missing = {"text_encoder": sorted(told["missing_keys"])}
+        for part in ("unet", "vae"):  # diffusers leaves them without data
+            missing[part] = [key for key, value in getattr(pipeline, part).named_parameters() if value.is_meta]
+        for part, keys in missing.items():
+            if keys:
+                raise UserError(f"model {name!r}: the weights of {part} lack {keys[0]}; restore the file")
         return cls(pipeline.to(device), name=name)
 
     def text(self, prompts: Sequence[str], *, tokens: Mapping[str, Tensor] | None = None) -> Conditioning:
@@ -294,6 +315,11 @@ class Sd:
         if not len(prompts) == len(seeds) == len(negative_prompts):
             counts = f"{len(prompts)} prompts, {len(seeds)} seeds and {len(negative_prompts)} negative prompts"
             raise ValueError(f"{counts} do not match")
+        trained = self._scheduler.config.num_train_timesteps
+        if sampling.num_inference_steps > trained:
+            raise UserError(
+                f"sampling.num_inference_steps is {sampling.num_inference_steps}, expected at most {trained}"
+            )
         return {
             "prompt_embeds": self.text(prompts, tokens=tokens).embeds,
             "negative_prompt_embeds": self.text(negative_prompts).embeds,

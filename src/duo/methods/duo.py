@@ -26,6 +26,7 @@ from duo.plugins import Family, Run
 from duo.training import Lora, attach_lora, fit
 
 ENCODED_AT_ONCE = 8  # images a pass of the VAE
+LARGEST_RANK = 1024  # no layer of Stable Diffusion is wide enough to gain by more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,19 +54,24 @@ class Duo:
     checkpointing_steps: int = 250
 
     def __post_init__(self) -> None:
-        for name in ("beta", "learning_rate", "rank", "max_train_steps", "train_batch_size", "checkpointing_steps"):
+        above_0 = ("beta", "learning_rate", "max_grad_norm")
+        for name in (*above_0, "rank", "max_train_steps", "train_batch_size", "checkpointing_steps"):
             if not getattr(self, name) > 0:
-                raise UserError(f"{name} = {getattr(self, name)}: give a number above 0")
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
         for name in ("prior_weight", "positive_penalty", "weight_decay"):
             if not getattr(self, name) >= 0:
-                raise UserError(f"{name} = {getattr(self, name)}: give 0 or more")
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        if self.rank > LARGEST_RANK:
+            raise ValueError(f"rank is {self.rank}, expected at most {LARGEST_RANK}")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}, expected a number above 0, or none for the rank")
         if self.pair_timesteps not in ("shared", "independent"):
-            raise UserError(f"pair_timesteps = {self.pair_timesteps!r}: give 'shared' or 'independent'")
+            raise ValueError(f"pair_timesteps is {self.pair_timesteps!r}, expected 'shared' or 'independent'")
         low, high = self.timestep_range
         if not 0 <= low < high <= 1:
-            raise UserError(f"timestep_range = {self.timestep_range}: give two fractions, 0 ≤ low < high ≤ 1")
+            raise ValueError(f"timestep_range is {self.timestep_range}, expected two fractions, 0 ≤ low < high ≤ 1")
         if not self.targets:
-            raise UserError("targets is empty: name at least one scope, such as 'self_attention'")
+            raise ValueError("targets is empty, expected at least one scope, such as 'self_attention'")
 
     def erase(self, model: Family, concept: Any, *, pairs: Pairs, run: Run) -> Delta:
         """Train the LoRA on `pairs`; the concept is what they show, so `concept` itself is not looked at."""

@@ -88,9 +88,9 @@ def read_object(path: Path) -> Fields:
     return Fields(rundir.read_json(path), str(path))
 
 
-def read_rows(path: Path) -> Iterator[Fields]:
-    """The objects of a JSON-lines file of a run, which must be there."""
+def read_rows(path: Path, *, appended: bool = False) -> Iterator[Fields]:
+    """The objects of a JSON-lines file of a run, which must be there; `appended` as in `rundir.read_jsonl`."""
     if not path.is_file():
         raise UserError(f"{path} is missing; run the stage that writes it, or give a finished run folder")
-    for number, row in enumerate(rundir.read_jsonl(path), start=1):
+    for number, row in enumerate(rundir.read_jsonl(path, appended=appended), start=1):
         yield Fields(row, f"{path}, row {number}")

@@ -303,7 +303,7 @@ def _pairs(folder: Path) -> tuple[PairPictures, ...]:
 def _curves(path: Path) -> dict[str, tuple[tuple[float, float], ...]]:
     """Closed-form methods keep no log; of a step that was repeated after a resume, the last row counts."""
     points: dict[str, dict[float, float]] = {name: {} for name in CURVES}
-    for row in read_rows(path) if path.exists() else ():
+    for row in read_rows(path, appended=True) if path.exists() else ():
         step = row.number("step")
         for name in CURVES:
             if name in row:
@@ -355,7 +355,7 @@ def _cost(path: Path) -> tuple[dict[str, float], str | None]:
     """Seconds of each stage. The report's own are left out, so that writing it again gives the same bytes."""
     seconds: dict[str, float] = {}
     machine = None
-    for row in read_rows(path):
+    for row in read_rows(path, appended=True):
         stage = row.text("stage")
         if stage == "report":
             continue

@@ -110,7 +110,7 @@ def _attack_image_block(session: Session, indices: range, folder: Path) -> list[
         missing = next(i for i in indices if i not in made)
         raise UserError(
             f"{folder}: no image of {asked[missing][0]!r} satisfied the curator of concept {concept.name!r} within "
-            f"pairs.max_tries = {tries}; mend attack_pairs or the judge, or raise pairs.max_tries"
+            f"pairs.max_tries = {tries}; mend attack_pairs or the judge, or raise pairs.max_tries, in a new --out"
         )
     return [made[i] for i in indices]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from duo import rundir
 from duo.delta import Delta
+from duo.errors import UserError
 from duo.fields import as_table
 from duo.pairs import Pairs
 from duo.stages.session import Session
@@ -22,10 +23,15 @@ def erase(session: Session) -> Delta:
         }
         path = stage.folder / "delta.safetensors"
         if stage.begin(config):
+            made = Pairs.read(session.dir.stage("pairs").folder)
+            if made.digest() != pairs["digest"]:
+                raise UserError(
+                    f"{session.dir.stage('pairs').folder}: images were changed; put them back, or make anew"
+                )
             delta = session.method.erase(
                 session.model,
                 session.concept,
-                pairs=Pairs.read(session.dir.stage("pairs").folder),
+                pairs=made,
                 run=session.lend(stage, "erase", seed=session.erase_seed),
             )
             delta.save(path)

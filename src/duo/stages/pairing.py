@@ -142,5 +142,6 @@ def _unsatisfied(session: Session, folder: Path, account: Mapping[str, int]) -> 
     told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in account.items())
     return (
         f"{folder}: the curator of concept {session.concept.name!r} was not satisfied within pairs.max_tries = "
-        f"{session.recipe.pairs.max_tries} ({told}); mend the pair prompts or the judge, or raise pairs.max_tries"
+        f"{session.recipe.pairs.max_tries} ({told}); mend the pair prompts or the judge, or raise pairs.max_tries, "
+        "in a new --out"
     )

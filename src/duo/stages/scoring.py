@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from duo import plugins, rundir, scores
+from duo import rundir, scores
 from duo.errors import UserError, did_you_mean
 from duo.fields import as_table
 from duo.plugins import Attempt, Verdict
@@ -102,7 +102,7 @@ def _survival(session: Session, one: _Set) -> list[bool]:
     near = session.near_misses[one.name]
     where = f"concept {session.concept.name}: near_miss.{one.name}"
     if near.judge is not None:
-        return [verdict.label == "present" for verdict in near.judge.make("judges", f"{where}.judge")(one.images)]
+        return [verdict.label == "present" for verdict in session.near_miss_judges[one.name](one.images)]
     right = _adherence(session, one)
     attribute = str(near.attribute)
     if attribute not in right:
@@ -114,7 +114,7 @@ def _survival(session: Session, one: _Set) -> list[bool]:
 
 def _adherence(session: Session, one: _Set) -> dict[str, list[bool]]:
     """For each attribute, whether an image shows it, of the images whose prompt names it; `all` is for all at once."""
-    metric = plugins.load("metrics", session.recipe.score.adherence)()
+    metric = session.adherence()
     metric.update(images=one.images, references=None, prompts=one.prompts)
     return {**metric.by_attribute(), "all": [value == 1 for value in metric.compute()]}
 
@@ -178,6 +178,6 @@ def _shares(right: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
 
 
 def _preservation(session: Session, original: _Set, erased: _Set) -> dict[str, Any]:
-    metric = plugins.load("metrics", session.recipe.score.preservation)()
+    metric = session.preservation()
     metric.update(images=erased.images, references=original.images, prompts=erased.prompts)
     return {"metric": metric.name, **scores.mean(metric.compute(), seed=session.recipe.seed)}

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from duo import rundir
+from duo import plugins, rundir
 from duo.concept import Concept, NearMiss, load_concept
 from duo.delta import Delta
 from duo.errors import UserError, did_you_mean
 from duo.fields import as_table
-from duo.models import EMBEDDED, load_family
-from duo.plugins import Family, Judge
+from duo.models import EMBEDDED, load_family, usable_device
+from duo.plugins import Family, Judge, Metric
 from duo.recipe import Recipe
 from duo.rundir import RunDir, Stage, StageRun
 
@@ -66,10 +66,7 @@ class Session:
     ) -> None:
         self.dir = RunDir(out)
         self.command = command
-        try:
-            self.device = torch.device(device)
-        except RuntimeError as error:
-            raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        self.device = usable_device(device)
         self._model = model
         self.concept: Concept = load_concept(recipe.concept)
         self.method = recipe.method.make("methods", "method")
@@ -77,8 +74,17 @@ class Session:
         self.recipe = _resolved(recipe, self.method, self.attacks)
         self.judge: Judge = self.concept.judge.make("judges", f"concept {self.concept.name}: judge")
         self.curator: Judge = self.concept.curator.make("judges", f"concept {self.concept.name}: curator")
-        for row in recipe.attacks:
-            self.prompts(row.prompts)
+        self.near_miss_judges: dict[str, Judge] = {
+            name: near.judge.make("judges", f"concept {self.concept.name}: near_miss.{name}.judge")
+            for name, near in self.near_misses.items()
+            if near.judge is not None
+        }
+        self.preservation: type[Metric] = plugins.load("metrics", recipe.score.preservation)
+        self.adherence: Any = plugins.load("metrics", recipe.score.adherence)
+        if not hasattr(self.adherence, "by_attribute"):
+            raise UserError(f"score.adherence: the metric {recipe.score.adherence!r} does not tell attributes apart")
+        for name in (UNRELATED, *(row.prompts for row in recipe.attacks)):
+            self.prompts(name)
         self._check_names()
 
     @cached_property

@@ -449,6 +449,9 @@ def package(work: Path, name: str, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary, safe_serialization=True)
+    # Stored in half precision, to be loaded in single, as diffusers loads the other parts where no dtype is given.
+    config = temporary / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
     (temporary / "training.json").write_text(json.dumps(made, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
