@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: tiny tensors only wait for each other's threads
 
 import pytest
 
