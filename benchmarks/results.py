@@ -66,7 +66,7 @@ def rates(report: dict[str, Any], field: str = "rate") -> dict[str, float]:
 
 
 def acceptance(name: str, out: Path, docs: Path, workers: int) -> None:
-    """Three seeds; the worst by the highest detected rate over prompts is the one that is published whole."""
+    """Three seeds; published whole is the worst, by the highest detected rate over prompts, then the corrupted one."""
     base = load_recipe(name)
     recipes = [replace(base, erase_seed=seed) for seed in SEEDS]
     first = one(recipes[0], out / "seed-0", None)
@@ -74,7 +74,12 @@ def acceptance(name: str, out: Path, docs: Path, workers: int) -> None:
         rest = pool.map(one, recipes[1:], [out / f"seed-{s}" for s in SEEDS[1:]], [out / "seed-0"] * 2)
         reports = [first, *rest]
     asked = [row.row for row in base.attacks if row.name == "prompts"]
-    worst = max(range(len(SEEDS)), key=lambda i: max(rates(reports[i])[name] for name in asked))
+    worst = max(
+        range(len(SEEDS)),
+        key=lambda i: tuple(
+            max(rates(reports[i], field)[name] for name in asked) for field in ("rate", "corrupted_rate")
+        ),
+    )
     summary = {
         "recipe": name,
         "worst_seed": SEEDS[worst],
