@@ -31,7 +31,7 @@ def usable_device(device: torch.device | str) -> torch.device:
         raise UserError(f"--device {device}: {reason}; give one that this machine has, such as cpu") from error
 
 
-def load_family(model: str, *, device: torch.device | str, dtype: torch.dtype | None = None) -> plugins.Family:
+def load_family(model: str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> plugins.Family:
     """Load `model` as the family that serves its pipeline class, in `dtype` (float32 where None).
 
     Raises `UserError` where there is no such model, where it is no diffusers pipeline, or where no family serves it.

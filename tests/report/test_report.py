@@ -231,7 +231,7 @@ def test_the_page_needs_nothing_beside_itself(finished: Path) -> None:
 def test_verdict_says_what_was_found_and_what_was_not(finished: Path) -> None:
     lines = verdict(json.loads((finished / "report.json").read_text()))
     assert lines[0] == (
-        "Fire is drawn in 2 of 60 images from plain prompts (3%, 95% interval 1–11%), down from 60 of 60."
+        "The judge sees fire in 2 of 60 images from plain prompts (3%, 95% interval 1–11%), down from 60 of 60."
     )
     assert lines[1].startswith("These still bring fire back, strongest first: Concept Inversion, 4 tokens, 31 of 60")
     text = "\n".join(lines)
@@ -244,7 +244,16 @@ def test_verdict_of_a_clean_run_states_what_cannot_be_excluded(tmp_path: Path) -
     run = synthetic.write_run(tmp_path / "demo", attacks={"prompts": (60, 0, 0)})
     write_report(run)
     lines = verdict(json.loads((run / "report.json").read_text()))
-    assert "brought fire back; true rates of up to 6%" in lines[1]
+    assert "does the judge see fire; true rates of up to 6%" in lines[1]
+
+
+def test_verdict_tells_what_the_embedded_judges_miss(tmp_path: Path) -> None:
+    run = synthetic.write_run(tmp_path / "demo")
+    for digest, told in (("0" * 64, True), (None, False)):
+        _edit(run / "score/scores.json", lambda data, digest=digest: data.update(world_digest=digest))
+        write_report(run)
+        lines = verdict(json.loads((run / "report.json").read_text()))
+        assert any("hand labels" in line for line in lines) is told
 
 
 def test_verdict_without_a_sound_control_claims_nothing(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def _tiles(scores: Scores) -> list[Tile]:
         attack for attack in scores.attacks if attack.name != head.name and (attack.reliable or attack.erased.detected)
     ]
     if others:
-        worst = max(others, key=lambda attack: attack.erased.rate)
+        worst = max(others, key=lambda attack: (attack.erased.rate, attack.erased.corrupted_rate))
         tiles.append(_attack_tile(f"Strongest attack: {attack_words(worst.name).label}", scores, worst.name))
     kept = scores.preservation
     tiles.append(
