@@ -1,4 +1,4 @@
-"""Do the judges see what a person sees? Labels given by hand to generated images, blind to the verdicts.
+"""Do the judges see what the eye sees? Labels given to generated images, blind to the verdicts.
 
     python benchmarks/agreement.py draw --tune runs/tune --out runs/agreement     # numbered sheets to look at
     python benchmarks/agreement.py compare --out runs/agreement --labels docs/results/labels.csv

@@ -253,7 +253,7 @@ def test_verdict_tells_what_the_embedded_judges_miss(tmp_path: Path) -> None:
         _edit(run / "score/scores.json", lambda data, digest=digest: data.update(world_digest=digest))
         write_report(run)
         lines = verdict(json.loads((run / "report.json").read_text()))
-        assert any("hand labels" in line for line in lines) is told
+        assert any("labels given by eye" in line for line in lines) is told
 
 
 def test_verdict_without_a_sound_control_claims_nothing(tmp_path: Path) -> None:
