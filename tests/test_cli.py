@@ -161,3 +161,12 @@ def test_list_prints_a_name_a_line(kind: str, capsys: pytest.CaptureFixture[str]
     names = capsys.readouterr().out.splitlines()
     assert names == sorted(names)
     assert names
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    from importlib.metadata import version
+
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"duo {version('duo-unlearning')}\n"

@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -81,6 +82,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Remove a visual concept from a text-to-image diffusion model, attack what is left, and report.",
     )
+    parser.add_argument("--version", action="version", version=f"duo {version('duo-unlearning')}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
     def verb(name: str, act: Callable[[argparse.Namespace], None], told: str) -> argparse.ArgumentParser:
