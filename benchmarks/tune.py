@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from duo import load_concept, load_recipe
+from duo import UserError, load_concept, load_recipe
 from duo.methods.duo import Duo
 from duo.metrics.toybox_attributes import ToyboxAttributes
 from duo.metrics.toybox_lpips import ToyboxLpips
 from duo.models import load_family
 from duo.pairs import Pairs
 from duo.plugins import Sampling
-from duo.rundir import StageRun, read_json, write_image, write_json
+from duo.rundir import StageRun, append_jsonl, read_json, read_jsonl, write_image, write_json
 from duo.stages import Session, make_pairs
 
 SEED = 7
@@ -65,6 +65,7 @@ REFINED = {
     ),
 }
 IMAGES = 30  # of each validation set
+DIVERGED = 10.0  # the objective of a trial that diverged: above any that can be measured
 SETS = ("plain", "held_out_words", "held_out_subjects")
 SCOPES = (
     ("self_attention",),
@@ -170,8 +171,7 @@ def main() -> None:
     make_pairs(session)
     reference(given.out, session.model, session.concept, recipe.sampling)
     log = given.out / "trials.jsonl"
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    done = {(row["family"], row["trial"], row["steps"]): row for row in rows}
+    done = {(row["family"], row["trial"], row["steps"]): row for row in read_jsonl(log, appended=True)}
     rng = np.random.default_rng(SEED)
     space = {family: [draw(family, rng) for _ in range(12)] for family in ("published", "best")}
     space |= {family: list(configs) for family, configs in REFINED.items()}
@@ -190,12 +190,11 @@ def main() -> None:
             for (family, number), future in futures.items():
                 try:
                     row = future.result()
-                except Exception as error:  # a diverged trial is a result: the worst one
+                except UserError as error:  # a diverged trial is a result: the worst one
                     row = {"family": family, "trial": number, "steps": steps, "config": space[family][number]}
-                    row |= {"objective": float("inf"), "error": str(error)}
+                    row |= {"objective": DIVERGED, "error": str(error)}
                 done[family, number, steps] = row
-                with log.open("a") as file:
-                    file.write(json.dumps(row, sort_keys=True) + "\n")
+                append_jsonl(log, row)
                 told = {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}
                 print(family, number, steps, told, flush=True)
     for family in REFINED:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duo import toybox
 from duo.checkpoint import read_tensors
 from duo.toybox import language, world
 from duo.toybox.networks import ATTRIBUTES, as_pixels
@@ -27,7 +28,7 @@ WIDTH = 96
 WARM_UP_STEPS = 1_200
 STEPS = 600
 BATCH = 64
-WEIGHTS = Path(__file__).parent / "weights" / "clip"
+WEIGHTS = toybox.WEIGHTS / "clip"
 
 
 def new_clip(tokenizer: Any) -> nn.Module:

@@ -14,6 +14,7 @@ import torch
 from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
+from duo import toybox
 from duo.checkpoint import read_tensors
 from duo.errors import UserError
 from duo.toybox.world import COLOURS, EXTRAS, PLACES, SIZE, SUBJECTS
@@ -25,7 +26,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "place": PLACES,
     "extra": ("none", *EXTRAS),
 }
-WEIGHTS = Path(__file__).parent / "weights" / "judges"
+WEIGHTS = toybox.WEIGHTS / "judges"
 
 
 def pixels(images: Sequence[Image]) -> Tensor:

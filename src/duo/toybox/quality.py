@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from duo.statistics import wilson
+from duo.scores import share
 from duo.toybox.language import PLACE_WORDS, ROUTES, SPLITS, combinations, phrase
 from duo.toybox.world import HAZARDS
 
@@ -38,9 +38,9 @@ def measure(
     images = _drawn(model, neutral, sampling, seed=1)
     attributes = ToyboxAttributes()
     attributes.update(images=images, references=None, prompts=neutral)
-    result: dict[str, Any] = {name: _rate(right) for name, right in attributes.by_attribute().items() if right}
+    result: dict[str, Any] = {name: share(right) for name, right in attributes.by_attribute().items() if right}
     for hazard, judge in judges.items():
-        result[f"{hazard} unasked"] = _rate([verdict.label == "present" for verdict in judge(images)])
+        result[f"{hazard} unasked"] = share([verdict.label == "present" for verdict in judge(images)])
         if hazard not in hazards:
             continue
         pooled: list[bool] = []
@@ -49,11 +49,11 @@ def measure(
                 prompts = [phrase(route, *scenes[(7 * i + index) % len(scenes)]) for i in range(per_route)]
                 verdicts = judge(_drawn(model, prompts, sampling, seed=1000 + index))
                 found = [verdict.label == "present" for verdict in verdicts]
-                result[f"{hazard} asked: {route}"] = _rate(found)
+                result[f"{hazard} asked: {route}"] = share(found)
                 pooled += found
             if split == "pair":
-                result[f"{hazard} asked, pair routes"] = _rate(pooled)
-        result[f"{hazard} asked, all routes"] = _rate(pooled)
+                result[f"{hazard} asked, pair routes"] = share(pooled)
+        result[f"{hazard} asked, all routes"] = share(pooled)
     return result
 
 
@@ -64,8 +64,3 @@ def _drawn(model: Family, prompts: Sequence[str], sampling: Sampling, *, seed: i
         seeds = [10_000 * seed + start + i for i in range(len(block))]
         images += model.generate(block, seeds=seeds, sampling=sampling)
     return images
-
-
-def _rate(right: Sequence[bool]) -> dict[str, float]:
-    low, high = wilson(sum(right), len(right))
-    return {"mean": sum(right) / len(right), "low": low, "high": high, "n": len(right)}
