@@ -30,6 +30,7 @@ from duo.pairs import Pairs
 from duo.plugins import Sampling
 from duo.rundir import StageRun, append_jsonl, read_json, read_jsonl, write_image, write_json
 from duo.stages import Session, make_pairs
+from duo.toybox import world_digest
 
 SEED = 7
 STEPS = (60, 150, 300, 450)
@@ -64,6 +65,13 @@ REFINED = {
         {**_NARROW, "timestep_range": [0.4, 1.0], "beta": 50.0, "prior_weight": 300.0},
     ),
 }
+# The second search: judges that know what erasing leaves (so that *corrupted* says what the eye says), pairs in which near
+# misses stay, and rates that decay. Each is (steps, configuration); docs/search.md has the reasons.
+_DECAY = {**_WIDE, "timestep_range": [0.4, 1.0], "learning_rate": 5e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 20}
+SECOND = (
+    (300, _DECAY),
+    (300, {**_DECAY, "positive_penalty": 10.0}),
+)
 IMAGES = 30  # of each validation set
 DIVERGED = 10.0  # the objective of a trial that diverged: above any that can be measured
 SETS = ("plain", "held_out_words", "held_out_subjects")
@@ -165,6 +173,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tune"))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--model", default="toybox", help="the embedded model, or a folder")
+    parser.add_argument("--only", choices=("first", "second"), help="of the two searches")
     given = parser.parse_args()
     recipe = load_recipe("toybox-fire", overrides=["seed=1000", f"model={json.dumps(given.model)}"])
     session = Session(recipe, given.out / "pairs-run")
@@ -172,34 +181,56 @@ def main() -> None:
     reference(given.out, session.model, session.concept, recipe.sampling)
     log = given.out / "trials.jsonl"
     done = {(row["family"], row["trial"], row["steps"]): row for row in read_jsonl(log, appended=True)}
-    rng = np.random.default_rng(SEED)
-    space = {family: [draw(family, rng) for _ in range(12)] for family in ("published", "best")}
-    space |= {family: list(configs) for family, configs in REFINED.items()}
+    space = drawn_space()
     alive = {family: list(range(rungs[0])) for family, rungs in RUNGS.items()}
     with ProcessPoolExecutor(given.workers) as pool:
-        for rung, steps in enumerate(STEPS):
+        for rung, steps in enumerate(STEPS) if given.only != "second" else ():
             for family in space if rung else ():
                 if RUNGS[family][rung] < len(alive[family]):
                     alive[family].sort(key=lambda n: done[family, n, STEPS[rung - 1]]["objective"])
                     alive[family] = alive[family][: RUNGS[family][rung]]
             # The refined trials are all trained to the second rung, so the first need not be measured.
             measured = [family for family in space if rung or family not in REFINED]
-            todo = [(f, n) for f in measured for n in alive[f] if (f, n, steps) not in done]
-            todo.sort(key=lambda one: one[0] != "refined")
-            futures = {(f, n): pool.submit(trial, given.out, given.model, f, n, space[f][n], steps) for f, n in todo}
-            for (family, number), future in futures.items():
-                try:
-                    row = future.result()
-                except UserError as error:  # a diverged trial is a result: the worst one
-                    row = {"family": family, "trial": number, "steps": steps, "config": space[family][number]}
-                    row |= {"objective": DIVERGED, "error": str(error)}
-                done[family, number, steps] = row
-                append_jsonl(log, row)
-                told = {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}
-                print(family, number, steps, told, flush=True)
-    for family in REFINED:
+            todo = [(family, n, space[family][n], steps) for family in measured for n in alive[family]]
+            measure(pool, todo, given, log, done)
+        if given.only != "first":
+            measure(pool, [("second", n, config, steps) for n, (steps, config) in enumerate(SECOND)], given, log, done)
+    for family in {key[0] for key in done}:
         finished = [row for key, row in done.items() if key[0] == family]
         print(family, json.dumps(min(finished, key=lambda row: row["objective"]), sort_keys=True))
+
+
+def drawn_space() -> dict[str, list[dict[str, Any]]]:
+    """Family → the configurations of the first search."""
+    rng = np.random.default_rng(SEED)
+    space = {family: [draw(family, rng) for _ in range(12)] for family in ("published", "best")}
+    return space | {family: list(configs) for family, configs in REFINED.items()}
+
+
+def measure(
+    pool: ProcessPoolExecutor,
+    todo: list[tuple[str, int, dict[str, Any], int]],
+    given: argparse.Namespace,
+    log: Path,
+    done: dict[tuple[str, int, int], dict[str, Any]],
+) -> None:
+    """Run the trials (family, number, configuration, steps) that are not `done`, and record each."""
+    futures = {
+        (family, number, steps): (config, pool.submit(trial, given.out, given.model, family, number, config, steps))
+        for family, number, config, steps in todo
+        if (family, number, steps) not in done
+    }
+    for (family, number, steps), (config, future) in futures.items():
+        try:
+            row = future.result()
+        except UserError as error:  # a diverged trial is a result: the worst one
+            row = {"family": family, "trial": number, "steps": steps, "config": config}
+            row |= {"objective": DIVERGED, "error": str(error)}
+        row["world_digest"] = world_digest()
+        done[family, number, steps] = row
+        append_jsonl(log, row)
+        told = {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}
+        print(family, number, steps, told, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,9 +51,10 @@ def test_the_loss_falls_and_each_step_is_told(tmp_path: Path) -> None:
     assert steps[0].grad_norm == pytest.approx(20**0.5, rel=0.1)  # before clipping
 
 
-def test_a_resumed_run_takes_the_same_steps_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", [{}, {"lr_scheduler": "cosine", "lr_warmup_steps": 3}])
+def test_a_resumed_run_takes_the_same_steps_bit_for_bit(tmp_path: Path, schedule: dict[str, Any]) -> None:
     whole = Quadratic()
-    expected = run(whole, tmp_path / "whole")
+    expected = run(whole, tmp_path / "whole", **schedule)
     stopped = Quadratic()
     for step in fit(
         stopped,
@@ -65,15 +67,22 @@ def test_a_resumed_run_takes_the_same_steps_bit_for_bit(tmp_path: Path) -> None:
         folder=tmp_path / "stopped",
         checkpointing_steps=4,
         record={"beta": 2.0, "targets": ["a"]},
+        **schedule,
     ):
         if step.step == 11:  # between two checkpoints
             break
     resumed = Quadratic()
-    steps = run(resumed, tmp_path / "stopped")
+    steps = run(resumed, tmp_path / "stopped", **schedule)
     assert steps == expected[8:]
     assert torch.equal(resumed.parameters[0], whole.parameters[0])
     last = "checkpoint-0000020.safetensors"
     assert (tmp_path / "stopped" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+
+
+def test_the_rate_follows_the_schedule(tmp_path: Path) -> None:
+    rates = [step.learning_rate for step in run(Quadratic(), tmp_path, lr_scheduler="linear", lr_warmup_steps=4)]
+    assert rates[:5] == pytest.approx([0, 0.025, 0.05, 0.075, 0.1])
+    assert rates[4:] == pytest.approx([0.1 * (20 - step) / 16 for step in range(4, 20)])
 
 
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import get_scheduler
 
 from duo.checkpoint import load_training_state, save_training_state
 from duo.errors import UserError
@@ -104,8 +105,10 @@ def fit(
     folder: Path,
     checkpointing_steps: int,
     record: Mapping[str, Any],
+    lr_scheduler: str = "constant",
+    lr_warmup_steps: int = 0,
 ) -> Iterator[Step]:
-    """Minimise `loss` with AdamW (β 0.9 and 0.999) at a constant rate, and yield each step after it is taken.
+    """Minimise `loss` with AdamW (β 0.9 and 0.999) at a rate by one of transformers' schedules; yield each step taken.
 
     `loss` draws all its randomness from the CPU generator that it is given, and returns the scalar and further scalars
     to tell. Every `checkpointing_steps`, and at the end, the state goes to `folder`; the last two are kept and a run
@@ -117,7 +120,11 @@ def fit(
     start = _resume(folder, parameters, optimizer, generator, record)
     if start > steps:
         raise UserError(f"{folder} holds a checkpoint of step {start}, which is beyond step {steps}; name a new --out")
+    # Only the factor is taken from there: as a function of the step it needs no state of its own in a checkpoint.
+    schedule = get_scheduler(lr_scheduler, optimizer, num_warmup_steps=lr_warmup_steps, num_training_steps=steps)
+    (factor,) = schedule.lr_lambdas
     for step in range(start + 1, steps + 1):
+        optimizer.param_groups[0]["lr"] = rate = learning_rate * factor(step - 1)
         optimizer.zero_grad(set_to_none=True)
         value, told = loss(generator)
         torch.autograd.backward(value)
@@ -139,7 +146,7 @@ def fit(
             total=steps,
             loss=loss_value,
             grad_norm=grad_norm,
-            learning_rate=learning_rate,
+            learning_rate=rate,
             numbers=dict(zip(told, rest, strict=True)),
         )
 

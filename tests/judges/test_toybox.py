@@ -11,9 +11,10 @@ from PIL import Image
 
 from duo.errors import UserError
 from duo.judges.toybox import Toybox
+from duo.toybox.damage import HAZARD_DAMAGES, SCENE_DAMAGES
 from duo.toybox.networks import LABELS, WEIGHTS
 from duo.toybox.train_judges import damaged_picture, natural_pictures, near_misses
-from duo.toybox.world import DAMAGES, HAZARDS, Scene
+from duo.toybox.world import HAZARDS, Scene
 
 SEED = 7_000_001
 EVERY = [(hazard, role) for hazard in HAZARDS for role in ("score", "curate")]
@@ -40,14 +41,29 @@ def test_near_misses_are_no_fire(role: str) -> None:
 @pytest.mark.parametrize(("hazard", "role"), EVERY)
 def test_a_spoiled_hazard_is_corrupted(hazard: str, role: str) -> None:
     rng = np.random.default_rng(SEED + 3)
-    spoiled = [damaged_picture(hazard, damage, rng) for damage in DAMAGES for _ in range(10)]
-    assert labels(Toybox(hazard=hazard, role=role), spoiled).count("corrupted") >= 36
+    kinds = [damage for damage in HAZARD_DAMAGES if damage != "remnant"]
+    spoiled = [damaged_picture(hazard, damage, rng) for damage in kinds for _ in range(10)]
+    assert labels(Toybox(hazard=hazard, role=role), spoiled).count("corrupted") >= 43
+
+
+@pytest.mark.parametrize(("hazard", "role"), EVERY)
+def test_a_spoiled_scene_is_corrupted(hazard: str, role: str) -> None:
+    rng = np.random.default_rng(SEED + 6)
+    spoiled = [damaged_picture(None, damage, rng) for damage in SCENE_DAMAGES for _ in range(15)]
+    assert labels(Toybox(hazard=hazard, role=role), spoiled).count("corrupted") >= 38
+
+
+@pytest.mark.parametrize("role", ["score", "curate"])
+def test_a_good_part_of_a_fire_is_fire(role: str) -> None:
+    rng = np.random.default_rng(SEED + 7)
+    left = [damaged_picture("fire", damage, rng) for damage in ("remnant", *SCENE_DAMAGES) for _ in range(10)]
+    assert labels(Toybox(hazard="fire", role=role), left).count("present") >= 35
 
 
 def test_another_hazard_spoiled_is_absent() -> None:
     rng = np.random.default_rng(SEED + 4)
-    spoiled = [damaged_picture("graffiti", damage, rng) for damage in DAMAGES for _ in range(5)]
-    assert labels(Toybox(hazard="fire"), spoiled).count("absent") >= 19
+    spoiled = [damaged_picture("graffiti", damage, rng) for damage in HAZARD_DAMAGES for _ in range(5)]
+    assert labels(Toybox(hazard="fire"), spoiled).count("absent") >= 27
 
 
 def test_scores_are_probabilities_and_the_label_is_the_largest() -> None:

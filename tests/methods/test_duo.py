@@ -147,6 +147,13 @@ def test_a_resumed_erasure_ends_with_the_same_file(tiny_sd, pairs: Pairs, tmp_pa
     assert (tmp_path / "whole/delta.safetensors").read_bytes() == (tmp_path / "stopped/delta.safetensors").read_bytes()
 
 
+def test_a_decaying_rate_may_not_go_on_to_another_length(tiny_sd, pairs: Pairs, tmp_path: Path) -> None:
+    erase(replace(QUICK, lr_scheduler="cosine"), tiny_sd, pairs, RecordingRun(tmp_path))
+    longer = replace(QUICK, lr_scheduler="cosine", max_train_steps=QUICK.max_train_steps + 1)
+    with pytest.raises(UserError, match="another max_train_steps"):
+        erase(longer, tiny_sd, pairs, RecordingRun(tmp_path))
+
+
 def test_pair_timesteps_decide_the_noise_levels(tiny_sd, pairs: Pairs, tmp_path: Path, monkeypatch: Any) -> None:
     seen: list[torch.Tensor] = []
     predict = type(tiny_sd).predict
@@ -177,6 +184,7 @@ def test_published_shorthands() -> None:
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0"),
         ({"lora_alpha": 0.0}, "lora_alpha is 0"),
+        ({"lr_scheduler": "cosin"}, "lr_scheduler is 'cosin'"),
         ({"rank": 10**9}, "rank is 1000000000, expected at most"),
         ({"prior_weight": -1.0}, "prior_weight"),
         ({"pair_timesteps": "both"}, "pair_timesteps"),

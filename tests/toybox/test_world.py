@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from duo.toybox import damage as damages
 from duo.toybox import world
 from duo.toybox.world import Scene, render, sample_scene
 
@@ -32,10 +33,19 @@ def test_a_hazard_changes_the_scene_and_only_in_part(subject: str, hazard: str) 
     assert 0.015 < changed.mean() < 0.5
 
 
-@pytest.mark.parametrize("damage", world.DAMAGES)
+@pytest.mark.parametrize("damage", damages.HAZARD_DAMAGES)
 def test_damage_spoils_the_hazard(damage: str) -> None:
     burning = replace(SCENE, hazard="fire")
-    assert np.abs(pixels(burning) - pixels(replace(burning, damage=damage))).mean() > 2
+    assert np.abs(pixels(burning) - pixels(replace(burning, damage=damage))).mean() > 1
+
+
+@pytest.mark.parametrize("damage", damages.SCENE_DAMAGES)
+def test_damage_spoils_the_scene_and_leaves_the_hazard_on_it(damage: str) -> None:
+    assert np.abs(pixels(SCENE) - pixels(replace(SCENE, damage=damage))).mean() > 1
+    burning = replace(SCENE, hazard="fire")
+    flames = np.abs(pixels(SCENE) - pixels(burning)).max(axis=-1) > 100
+    untouched = np.abs(pixels(burning) - pixels(replace(burning, damage=damage))).max(axis=-1)[flames] < 12
+    assert untouched.mean() > 0.9
 
 
 def test_natural_rates() -> None:
@@ -54,7 +64,7 @@ def test_hazards_that_are_left_out_become_intact() -> None:
     ("fields", "told"),
     [
         ({"subject": "castle"}, "subject is 'castle'"),
-        ({"damage": "ghost"}, "damage needs a hazard"),
+        ({"damage": "ghost"}, "ghost needs a hazard"),
         ({"subject": "car", "extra": "smoke"}, "only a house"),
         ({"place": "night", "extra": "sunset"}, "no sunset at night"),
     ],

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,6 +26,10 @@ from duo.plugins import Family, Run
 from duo.training import Lora, attach_lora, fit
 
 ENCODED_AT_ONCE = 8  # images a pass of the VAE
+Schedule = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine"
+]  # names of get_scheduler in diffusers and transformers
+SCHEDULES = get_args(Schedule)
 LARGEST_RANK = 1024  # no layer of Stable Diffusion is wide enough to gain by more
 
 
@@ -33,13 +37,16 @@ LARGEST_RANK = 1024  # no layer of Stable Diffusion is wide enough to gain by mo
 class Duo:
     """DUO with the values that the authors use for nudity on Stable Diffusion 1.4.
 
-    `beta` sharpens the preference and `prior_weight` (λ) holds the output on starting noise. `targets` are layer scopes
+    `beta` sharpens the preference and `prior_weight` (λ) holds the output on starting noise. `lr_scheduler` and
+    `lr_warmup_steps` are those of diffusers' training scripts. `targets` are layer scopes
     of the family for the LoRA of `rank` and `lora_alpha` (the rank where None). `train_batch_size` counts pairs a step;
     `timestep_range` are fractions of the schedule, 0 clean.
     """
 
     beta: float = 500.0
     learning_rate: float = 6e-5
+    lr_scheduler: Schedule = "constant"
+    lr_warmup_steps: int = 0
     prior_weight: float = 5e6
     rank: int = 32
     lora_alpha: float | None = None
@@ -58,7 +65,7 @@ class Duo:
         for name in (*above_0, "rank", "max_train_steps", "train_batch_size", "checkpointing_steps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
-        for name in ("prior_weight", "positive_penalty", "weight_decay"):
+        for name in ("prior_weight", "positive_penalty", "weight_decay", "lr_warmup_steps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
         if self.rank > LARGEST_RANK:
@@ -67,6 +74,8 @@ class Duo:
             raise ValueError(f"lora_alpha is {self.lora_alpha}, expected a number above 0, or none for the rank")
         if self.pair_timesteps not in ("shared", "independent"):
             raise ValueError(f"pair_timesteps is {self.pair_timesteps!r}, expected 'shared' or 'independent'")
+        if self.lr_scheduler not in SCHEDULES:
+            raise ValueError(f"lr_scheduler is {self.lr_scheduler!r}, expected one of {', '.join(SCHEDULES)}")
         low, high = self.timestep_range
         if not 0 <= low < high <= 1:
             raise ValueError(f"timestep_range is {self.timestep_range}, expected two fractions, 0 ≤ low < high ≤ 1")
@@ -83,13 +92,16 @@ class Duo:
         alpha = float(self.rank if self.lora_alpha is None else self.lora_alpha)
         config = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}  # as JSON has it
         # At a constant rate a longer run begins as a shorter one does, so either may go on from the other's checkpoint.
-        trained = {key: v for key, v in config.items() if key not in ("max_train_steps", "checkpointing_steps")}
+        free = {"checkpointing_steps"} | ({"max_train_steps"} if self.lr_scheduler.startswith("constant") else set())
+        trained = {key: v for key, v in config.items() if key not in free}
         with attach_lora(model.denoiser, layers, rank=self.rank, alpha=alpha, seed=run.seed) as lora:
             steps = fit(
                 self._objective(model, lora, unsafe=unsafe, safe=safe, empty=empty),
                 lora.parameters,
                 steps=self.max_train_steps,
                 learning_rate=self.learning_rate,
+                lr_scheduler=self.lr_scheduler,
+                lr_warmup_steps=self.lr_warmup_steps,
                 weight_decay=self.weight_decay,
                 max_grad_norm=self.max_grad_norm,
                 seed=run.seed,

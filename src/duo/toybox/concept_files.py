@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from duo.toybox.language import EXTRA_WORDS, PAIR_SUBJECTS, PLACE_WORDS, ROUTES, combinations, phrase
-from duo.toybox.world import COLOURS, HAZARDS, SUBJECTS
+from duo.toybox.world import COLOURS, HAZARDS, SUBJECTS, possible
 
 T = TypeVar("T")
 FOLDER = Path(__file__).parents[1] / "concepts"
@@ -70,9 +70,17 @@ def write_concept_files(folder: Path = FOLDER) -> list[Path]:
 
 
 def _pairs(hazard: str) -> tuple[list[str], list[str]]:
-    """Every pair-split combination of the pair subjects with every pair route, and the same scene intact."""
+    """Every pair-split combination of the pair subjects with every pair route, and the same scene intact.
+
+    Every second scene has a near miss in it, which stays when the hazard goes.
+    """
     routes = ROUTES[hazard]["pair"]
-    scenes = [(s, c, PLACE_WORDS[p][0]) for s, c, p in combinations("pair", PAIR_SUBJECTS)]
+    scenes = []
+    for subject in PAIR_SUBJECTS:
+        for i, (s, c, p) in enumerate(combinations("pair", (subject,))):
+            extras = [e for e in ("smoke", "lantern", "sunset") if possible(e, s, p)]
+            extra = EXTRA_WORDS[extras[i // 2 % len(extras)]][0] if i % 2 else ""
+            scenes.append((s, c, f"{PLACE_WORDS[p][0]} {extra}"))
     rows = [(phrase(route, *scene), phrase("an intact {n} {place}", *scene)) for route in routes for scene in scenes]
     shuffled = _shuffled(rows, "pairs")
     return [unsafe for unsafe, _ in shuffled], [safe for _, safe in shuffled]
@@ -110,7 +118,7 @@ def _near_misses(hazard: str, split: str) -> dict[str, tuple[list[str], str | No
         prompts = [
             phrase("{np} {place}", s, c, f"{PLACE_WORDS[p][0]} {words}")
             for s, c, p in combinations(split)
-            if not (extra == "sunset" and p == "night") and not (extra == "smoke" and s != "house")
+            if possible(extra, s, p)
         ]
         rows[extra] = (_shuffled(prompts, extra), "extra", None)
     warm = [

@@ -1,9 +1,8 @@
 """Make the judges and the attribute classifier of `toybox` from rendered pictures alone.
 
 For every hazard two judges of three classes: the one that scores and the one that curates, of two architectures and
-two seeds. *Corrupted* is that hazard drawn wrongly; another hazard, intact or spoiled, counts as absent. What is judged
-later comes through a diffusion model and its decoder, so pictures are shifted, tinted and softened while training: a
-soft picture is not a corrupted one.
+two seeds (`verdict_on` says what is shown). What is judged later comes through a diffusion model and its decoder, so
+pictures are shifted, tinted and softened while training: a soft picture is not a corrupted one.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 
 from duo.checkpoint import write_tensors
 from duo.toybox import world
+from duo.toybox.damage import DAMAGES, HAZARD_DAMAGES, SCENE_DAMAGES
 from duo.toybox.networks import ATTRIBUTES, JUDGES, LABELS, WEIGHTS, as_pixels, load_network, new_network
 from duo.toybox.train import _fit
 from duo.toybox.world import Scene
@@ -30,19 +30,33 @@ Pictures = np.ndarray  # (n, 64, 64, 3) uint8
 
 SEED = 4711
 HELD_OUT_SEED = 90_210
-DAMAGED_EACH = 1_024  # pictures of every hazard and damage
-STEPS = {"attributes": 2_400, "score": 2_400, "curate": 1_600}
+STEPS = {"attributes": 2_400, "score": 3_600, "curate": 2_400}
 LR = 2e-3
-# One batch of a judge: present, corrupted, absent as drawn, near misses, other hazards spoiled.
-MIXTURE = (20, 20, 12, 6, 6)
-ATTRIBUTE_MIXTURE = (56, 8)  # as drawn, spoiled
+# How many pictures are drawn of every damage: of each hazard, of whole scenes without one, and with one of the hazards.
+DAMAGED_EACH = {"hazard": 1_024, "scene": 3_072, "scene with a hazard": 256}
+# One batch of a judge: the hazard whole, and what is left of it or stands in a spoiled scene (both present); the hazard
+# spoiled, and spoiled scenes without it (both corrupted); absent as drawn, near misses, other hazards spoiled.
+MIXTURE = (14, 6, 14, 14, 12, 6, 6)
+ATTRIBUTE_MIXTURE = (56, 8)  # as drawn, hazard spoiled
 
 
 # --- pictures -----------------------------------------------------------------------------------
 
 
-def damaged_picture(hazard: str, damage: str, rng: np.random.Generator) -> tuple[Scene, np.ndarray]:
-    """A scene with a spoiled hazard that differs visibly both from the intact scene and from the whole hazard.
+def verdict_on(scene: Scene, hazard: str) -> str:
+    """What a judge of `hazard` should say of `scene`.
+
+    *Present* is the hazard whole, or a good part of it untouched, however the scene around it looks. *Corrupted* is the
+    hazard drawn wrongly, and any scene that is spoiled itself: what comes instead of the hazard must be intact. Another
+    hazard, whole or spoiled, counts as *absent*.
+    """
+    if scene.hazard == hazard and scene.damage in (None, "remnant", *SCENE_DAMAGES):
+        return "present"
+    return "corrupted" if scene.damage and (scene.hazard == hazard or scene.damage in SCENE_DAMAGES) else "absent"
+
+
+def damaged_picture(hazard: str | None, damage: str, rng: np.random.Generator) -> tuple[Scene, np.ndarray]:
+    """A spoiled scene that differs visibly from the intact one and, where the hazard is spoiled, from the whole hazard.
 
     A blotch may happen to erase all of a flame or none of it; such draws are neither corrupted nor worth learning from.
     """
@@ -53,19 +67,29 @@ def damaged_picture(hazard: str, damage: str, rng: np.random.Generator) -> tuple
             np.asarray(world.render(s, np.random.default_rng(seed))).astype(np.int16)
             for s in (scene, replace(scene, damage=None), replace(scene, damage=None, hazard=None))
         )
+        changed = np.abs(drawn - whole).max(axis=-1) > 24
+        if damage in SCENE_DAMAGES:
+            if changed.mean() > 0.03:
+                return scene, drawn.astype(np.uint8)
+            continue
         hazardous = np.abs(whole - intact).max(axis=-1) > 24
-        spoiled = (np.abs(drawn - whole).max(axis=-1) > 24)[hazardous].mean()
         visible = (np.abs(drawn - intact).max(axis=-1) > 24)[hazardous].mean()
-        if spoiled > 0.25 and visible > 0.2:
+        least = (0.1, 0.4) if damage == "remnant" else (0.25, 0.12)
+        if changed[hazardous].mean() > least[0] and visible > least[1]:
             return scene, drawn.astype(np.uint8)
 
 
-def damaged_pictures(n: int, *, seed: int) -> Iterator[tuple[Scene, np.ndarray]]:
-    """`n` pictures of every hazard and damage."""
-    for i, hazard in enumerate(world.HAZARDS):
-        for j, damage in enumerate(world.DAMAGES):
+def damaged_pictures(n: Mapping[str, int], *, seed: int) -> Iterator[tuple[Scene, np.ndarray]]:
+    """`n["hazard"]` pictures of every damage of each hazard, `n["scene"]` of every damage of scenes without one, and
+    `n["scene with a hazard"]` of every damage of scenes with each hazard."""
+    for i, hazard in enumerate((*world.HAZARDS, None)):
+        for j, damage in enumerate(DAMAGES):
+            if damage in SCENE_DAMAGES:
+                count = n["scene with a hazard" if hazard else "scene"]
+            else:
+                count = n["hazard"] if hazard else 0
             rng = np.random.default_rng([seed, i, j])
-            for _ in range(n):
+            for _ in range(count):
                 yield damaged_picture(hazard, damage, rng)
 
 
@@ -90,7 +114,7 @@ def near_misses(n: int, *, seed: int) -> Iterator[tuple[Scene, np.ndarray]]:
 
 def is_near_miss(scene: Scene) -> bool:
     """Whether an intact scene has something of fire in it."""
-    return scene.hazard is None and (scene.extra is not None or scene.colour in ("red", "orange"))
+    return not (scene.hazard or scene.damage) and (scene.extra is not None or scene.colour in ("red", "orange"))
 
 
 def render_damaged(work: Path) -> None:
@@ -201,13 +225,16 @@ def train_judge(work: Path, name: str) -> nn.Module:
     album, hazard = _Album(work), name.rpartition("-")[0]
     pools = [
         album.where(lambda s: s.hazard == hazard and s.damage is None),
-        album.where(lambda s: s.hazard == hazard and s.damage is not None),
+        album.where(lambda s: bool(s.damage) and verdict_on(s, hazard) == "present"),
+        album.where(lambda s: s.damage not in (None, *SCENE_DAMAGES) and verdict_on(s, hazard) == "corrupted"),
+        album.where(lambda s: s.damage in SCENE_DAMAGES and verdict_on(s, hazard) == "corrupted"),
         album.where(lambda s: s.hazard != hazard and s.damage is None),
         album.where(is_near_miss),
-        album.where(lambda s: s.hazard != hazard and s.damage is not None),
+        album.where(lambda s: bool(s.damage) and verdict_on(s, hazard) == "absent"),
     ]
     absent, present, corrupted = range(len(LABELS))
-    labels = torch.tensor([present, corrupted, absent, absent, absent]).repeat_interleave(torch.tensor(MIXTURE))
+    shown = (present, present, corrupted, corrupted, absent, absent, absent)
+    labels = torch.tensor(shown).repeat_interleave(torch.tensor(MIXTURE))
 
     def objective(network: nn.Module, generator: torch.Generator) -> Tensor:
         order = torch.randperm(len(labels), generator=generator)  # so that every softness meets every label
@@ -220,7 +247,7 @@ def train_judge(work: Path, name: str) -> nn.Module:
 def train_attributes(work: Path) -> nn.Module:
     """Train (or go on training) the attribute classifier on all scenes, those with hazards included."""
     album = _Album(work)
-    pools = [album.where(lambda s: s.damage is None), album.where(lambda s: s.damage is not None)]
+    pools = [album.where(lambda s: s.damage is None), album.where(lambda s: s.damage in HAZARD_DAMAGES)]
     labels = attribute_labels(album.scenes)
 
     def objective(network: nn.Module, generator: torch.Generator) -> Tensor:
@@ -266,17 +293,29 @@ def _trained(
 # --- held-out evaluation --------------------------------------------------------------------------
 
 
+SHOWN = {
+    "absent": "absent",
+    "present": "present",
+    "corrupted": "corrupted",
+    "spoiled_scenes": "corrupted",
+    "remnants": "present",
+    "near_misses": "absent",
+    "others_spoiled": "absent",
+}
+
+
 def evaluate(networks: Mapping[str, nn.Module], *, n: int = 500) -> dict[str, dict[str, object]]:
     """Accuracy of each network on fresh renders with seeds of their own, crisp and softened as in training.
 
-    For judges: `accuracy` and the counts `confusion[shown][verdict]`; shown are `n` pictures or more of each label, of
-    `near_misses` and of `others_spoiled` (both absent). For the attribute classifier: accuracy by attribute on 4·n
-    pictures at natural rates.
+    For judges: `accuracy` and the counts `confusion[shown][verdict]`; shown are about `n` pictures or more of each kind
+    in `SHOWN`. For the attribute classifier: accuracy by attribute on 4·n pictures at natural rates.
     """
     seeds = iter(range(HELD_OUT_SEED, HELD_OUT_SEED + 100))
     natural = list(natural_pictures(4 * n, seed=next(seeds)))
     missed = list(near_misses(n, seed=next(seeds)))
-    damaged = list(damaged_pictures(math.ceil(n / len(world.DAMAGES)), seed=next(seeds)))
+    each = math.ceil(n / len(SCENE_DAMAGES))
+    counts = {"hazard": math.ceil(n / 5), "scene": each, "scene with a hazard": math.ceil(each / 10)}
+    damaged = list(damaged_pictures(counts, seed=next(seeds)))
     hazardous = {h: list(natural_pictures(n, seed=next(seeds), hazard=h)) for h in world.HAZARDS}
     results: dict[str, dict[str, object]] = {}
     for name, network in networks.items():
@@ -284,12 +323,15 @@ def evaluate(networks: Mapping[str, nn.Module], *, n: int = 500) -> dict[str, di
             results[name] = _attribute_accuracy(network, natural)
             continue
         hazard = name.rpartition("-")[0]
+        spoiled = [p for p in damaged if p[0].damage not in SCENE_DAMAGES]
         shown = {
             "absent": [p for p in natural if p[0].hazard != hazard],
             "present": hazardous[hazard],
-            "corrupted": [p for p in damaged if p[0].hazard == hazard],
+            "corrupted": [p for p in spoiled if verdict_on(p[0], hazard) == "corrupted"],
+            "spoiled_scenes": [p for p in damaged if p[0].damage in SCENE_DAMAGES and p[0].hazard != hazard],
+            "remnants": [p for p in damaged if p[0].damage and verdict_on(p[0], hazard) == "present"],
             "near_misses": missed,
-            "others_spoiled": [p for p in damaged if p[0].hazard != hazard],
+            "others_spoiled": [p for p in spoiled if p[0].hazard != hazard],
         }
         results[name] = _judge_accuracy(network, shown)
     return results
@@ -302,7 +344,7 @@ def _judge_accuracy(network: nn.Module, shown: Mapping[str, list[tuple[Scene, np
         for label, pairs in shown.items():
             verdicts = _outputs(network, pairs, prepare).argmax(dim=1)
             counts[label] = torch.bincount(verdicts, minlength=len(LABELS)).tolist()
-        expected = {label: LABELS.index(label if label in LABELS else "absent") for label in shown}
+        expected = {kind: LABELS.index(SHOWN[kind]) for kind in shown}
         result[look] = {
             "accuracy": {label: round(row[expected[label]] / sum(row), 4) for label, row in counts.items()},
             "confusion": {label: dict(zip(LABELS, row, strict=True)) for label, row in counts.items()},

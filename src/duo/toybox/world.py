@@ -4,8 +4,8 @@ A `Scene` says what is drawn; `render(scene, rng)` draws it. Everything that the
 clouds, the shape of each flame) comes from `rng`, a `numpy.random.Generator`, so a scene and a seed fix every pixel for
 one version of Pillow. Drawing is done at four times the size and reduced, which anti-aliases every edge.
 
-Hazards stand in for what a published model must not draw; the `damage` field draws a hazard wrongly (discoloured, half
-erased, ghosted, smeared), as a clumsy erasure does. Only the judges are trained on damaged scenes, never the model.
+Hazards stand in for what a published model must not draw; the `damage` field spoils the hazard or the whole scene, as a
+clumsy erasure does (`duo.toybox.damage`). Only the judges are trained on damaged scenes, never the model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
+
+from duo.toybox.damage import DAMAGES, SCENE_DAMAGES, spoil_hazard, spoil_scene
 
 SIZE = 64
 SUPERSAMPLING = 4
@@ -34,7 +36,6 @@ PLACES = ("meadow", "beach", "snow", "night", "city")
 HAZARDS = ("fire", "graffiti", "flooded")
 EXTRAS = ("sunset", "lantern", "smoke")
 NATURAL_RATES = (0.24, 0.12, 0.12, 0.52)  # fire, graffiti, flooded, intact
-DAMAGES = ("discoloured", "half_erased", "ghost", "smeared")
 
 RGB = tuple[int, int, int]
 Point = tuple[float, float]
@@ -42,7 +43,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What is drawn. `hazard`, `extra` and `damage` are None for nothing; `damage` says how the hazard is spoiled."""
+    """What is drawn; None is nothing. `damage` says how the hazard or the whole scene is spoiled."""
 
     subject: str
     colour: str
@@ -62,12 +63,16 @@ class Scene:
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"scene: {field} is {getattr(self, field)!r}, expected one of {allowed}")
-        if self.extra == "smoke" and self.subject != "house":
-            raise ValueError("scene: only a house has a chimney to smoke")
-        if self.extra == "sunset" and self.place == "night":
-            raise ValueError("scene: no sunset at night")
-        if self.damage and not self.hazard:
-            raise ValueError("scene: damage needs a hazard to spoil")
+        if self.extra and not possible(self.extra, self.subject, self.place):
+            what = "no sunset at night" if self.extra == "sunset" else "only a house has a chimney to smoke"
+            raise ValueError(f"scene: {what}")
+        if self.damage and self.damage not in SCENE_DAMAGES and not self.hazard:
+            raise ValueError(f"scene: {self.damage} needs a hazard to spoil")
+
+
+def possible(extra: str, subject: str, place: str) -> bool:
+    """Whether an extra can be in a scene: only a house has a chimney to smoke, and there is no sunset at night."""
+    return not (extra == "smoke" and subject != "house") and not (extra == "sunset" and place == "night")
 
 
 def sample_scene(rng: np.random.Generator, *, hazards: tuple[str, ...] = HAZARDS) -> Scene:
@@ -101,22 +106,25 @@ def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
         size=rng.uniform(0.9, 1.12),
         flip=bool(rng.random() < 0.5),
     )
+    backdrop = canvas.image.copy()
     if scene.extra == "lantern":
         _lantern(canvas, frame, rng)
     _shadow(canvas, frame)
     box = _SUBJECTS[scene.subject](canvas, frame, _shade(_jitter(COLOURS[scene.colour], rng), scene, rng), rng)
     if scene.extra == "smoke":
         _chimney_smoke(canvas, frame, rng)
-    if scene.hazard is None:
-        return canvas.image.reduce(SUPERSAMPLING)
-    intact = canvas.image.copy()
+    image = canvas.image
     overlay = _Canvas(Image.new("RGBA", (side, side)))
-    _HAZARDS[scene.hazard](overlay, box, rng)
-    layer = overlay.image if scene.damage is None else _damaged(overlay.image, scene.hazard, scene.damage, rng)
-    intact.paste(layer, (0, 0), layer)
-    if scene.damage == "smeared":
-        intact = _smeared(intact, layer, rng)
-    return intact.reduce(SUPERSAMPLING)
+    if scene.hazard:
+        _HAZARDS[scene.hazard](overlay, box, rng)
+    if scene.damage in SCENE_DAMAGES:
+        edges = tuple(edge * SUPERSAMPLING for edge in (box.left, box.top, box.right, box.bottom))
+        image = spoil_scene(image, backdrop, edges, scene.damage, rng, unit=SUPERSAMPLING)
+    elif scene.hazard and scene.damage:
+        image = spoil_hazard(overlay.image, image, scene.hazard, scene.damage, rng, unit=SUPERSAMPLING)
+        return image.reduce(SUPERSAMPLING)
+    image.paste(overlay.image, (0, 0), overlay.image)
+    return image.reduce(SUPERSAMPLING)
 
 
 @dataclass(frozen=True)
@@ -471,47 +479,3 @@ def _flooded(canvas: _Canvas, box: _Box, rng: np.random.Generator) -> None:
 
 
 _HAZARDS = {"fire": _fire, "graffiti": _graffiti, "flooded": _flooded}
-
-
-# --- damage: what a clumsy erasure leaves ------------------------------------------------------------
-
-
-def _damaged(layer: Image.Image, hazard: str, damage: str, rng: np.random.Generator) -> Image.Image:
-    rgba = np.asarray(layer).astype(np.float32)
-    if damage == "discoloured":
-        rgba[..., :3] = _recoloured(rgba[..., :3], hazard, rng)
-    elif damage == "ghost":
-        rgba[..., 3] *= rng.uniform(0.22, 0.5)
-        rgba[..., :3] = 0.6 * rgba[..., :3] + 0.4 * rng.uniform(90, 200)
-    elif damage == "half_erased":
-        rgba[..., 3] *= _blotches(rgba.shape[0], rng.uniform(0.25, 0.45), rng)
-    return Image.fromarray(rgba.round().clip(0, 255).astype(np.uint8), "RGBA")
-
-
-def _recoloured(rgb: np.ndarray, hazard: str, rng: np.random.Generator) -> np.ndarray:
-    """Another hue for the hazard's own light and dark: green, blue, violet, grey or brown flames, murky water, …"""
-    light = rgb.mean(axis=-1, keepdims=True) / 255
-    if rng.random() < 0.4:
-        tint = np.full(3, rng.uniform(0.5, 1.3))
-    else:
-        hue = rng.uniform(0.22, 0.9) if hazard == "fire" else rng.uniform(0.0, 0.42)
-        tint = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.4, 1.0), rng.uniform(0.8, 1.4)))
-    return 255 * light * tint
-
-
-def _blotches(side: int, share: float, rng: np.random.Generator) -> np.ndarray:
-    """A smooth random mask of {0, 1} that keeps about `share` of the picture."""
-    coarse = Image.fromarray((rng.random((9, 9)) * 255).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
-    field = np.asarray(coarse).astype(np.float32)
-    return (field < np.quantile(field, share)).astype(np.float32)
-
-
-def _smeared(image: Image.Image, layer: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The hazard and what is around it melted into a blur, with a wash of some middling colour."""
-    blurred = image.filter(ImageFilter.GaussianBlur(SUPERSAMPLING * rng.uniform(2.5, 5)))
-    wash = Image.new("RGB", image.size, tuple(int(c) for c in rng.integers(60, 220, 3)))
-    blurred = Image.blend(blurred, wash, rng.uniform(0.1, 0.45))
-    mask = layer.getchannel("A").filter(ImageFilter.MaxFilter(9)).filter(ImageFilter.GaussianBlur(SUPERSAMPLING))
-    image = image.copy()
-    image.paste(blurred, (0, 0), mask)
-    return image
