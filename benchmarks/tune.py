@@ -65,8 +65,8 @@ REFINED = {
         {**_NARROW, "timestep_range": [0.4, 1.0], "beta": 50.0, "prior_weight": 300.0},
     ),
 }
-# The second search: judges that know what erasing leaves (so that *corrupted* says what the eye says), pairs in which near
-# misses stay, and rates that decay. Each is (steps, configuration); docs/search.md has the reasons.
+# The second search: judges that know what erasing leaves (so that *corrupted* says what the eye says), pairs in which
+# near misses stay, and rates that decay. Each is (steps, configuration); docs/search.md has the reasons.
 _DECAY = {**_WIDE, "timestep_range": [0.4, 1.0], "learning_rate": 5e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 20}
 SECOND = (
     (300, _DECAY),
