@@ -40,17 +40,22 @@ def _write_vocabulary(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def make_tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], object]:
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the two files of the tiny CLIP tokenizer. Read only."""
+    folder = tmp_path_factory.mktemp("vocabulary")
+    _write_vocabulary(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_tiny_pipeline(vocabulary: Path) -> Callable[[], object]:
     """A function that builds the same tiny `StableDiffusionPipeline` anew: 64×64 images, 16×16×4 latents."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    folder = tmp_path_factory.mktemp("vocabulary")
-    _write_vocabulary(folder)
-
     def make() -> StableDiffusionPipeline:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=24)
+        tokenizer = CLIPTokenizer.from_pretrained(vocabulary, model_max_length=24)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             unet = UNet2DConditionModel(
@@ -121,3 +126,41 @@ def tiny_sd(make_tiny_pipeline: Callable[[], object]) -> object:
     from duo.families.sd import Sd
 
     return Sd(make_tiny_pipeline(), name="tiny")  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2_v_folder(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SD 2.x that predicts v, as a diffusers folder. Read only."""
+    from tiny_unet import sd2_v_pipeline
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-sd2-v"
+    sd2_v_pipeline(vocabulary).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_folder(vocabulary: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny SDXL as a diffusers folder. Read only."""
+    from tiny_unet import sdxl_pipeline
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-sdxl"
+    sdxl_pipeline(vocabulary).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_sd2_v(vocabulary: Path) -> object:
+    """A fresh tiny SD 2.x that predicts v, as family `Sd`."""
+    from duo.families.sd import Sd
+    from tiny_unet import sd2_v_pipeline
+
+    return Sd(sd2_v_pipeline(vocabulary), name="tiny-sd2-v")
+
+
+@pytest.fixture
+def tiny_sdxl(vocabulary: Path) -> object:
+    """A fresh tiny SDXL as family `Sdxl`."""
+    from duo.families.sdxl import Sdxl
+    from tiny_unet import sdxl_pipeline
+
+    return Sdxl(sdxl_pipeline(vocabulary), name="tiny-sdxl")

@@ -10,6 +10,7 @@ import pytest
 
 from duo import plugins
 from duo.cli import main
+from duo.errors import UserError
 
 RECIPE = """
 concept = "toybox-fire"
@@ -170,3 +171,44 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"duo {version('duo-unlearning')}\n"
+
+
+def test_pairs_check_lists_every_problem_and_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    for side, colour in (("unsafe", 1), ("safe", 2)):
+        (tmp_path / side).mkdir()
+        for name in ("a", "b"):
+            Image.new("RGB", (8, 8), (colour, 0, 0)).save(tmp_path / side / f"{name}.png")
+    assert main(["pairs", "check", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: 2 pairs, nothing wrong\n"
+    two = ["pairs", "check", "--unsafe", str(tmp_path / "unsafe"), "--safe", str(tmp_path / "safe")]
+    assert main(two) == 0
+    (tmp_path / "safe" / "a.png").unlink()
+    (tmp_path / "unsafe" / "b.png").write_bytes(b"")
+    for arguments in (["pairs", "check", str(tmp_path)], two):
+        capsys.readouterr()
+        assert main(arguments) == 2
+        out, error = capsys.readouterr()
+        assert "a.png is in only one of unsafe/ and safe/" in out and "b.png cannot be read" in out
+        assert error.endswith(": 2 problems, listed above\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["x", "--unsafe", "a", "--safe", "b"], ["--unsafe", "a"], ["--safe", "b"], ["x", "--safe", "b"]]
+)
+def test_pairs_check_takes_one_kind_of_source(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pairs", "check", *arguments]) == 2
+    assert "give `duo pairs check` a folder or a CSV, or both --unsafe and --safe" in capsys.readouterr().err
+
+
+def test_the_sources_of_pairs_in_a_recipe_are_from_its_folder(recipe: Path) -> None:
+    from duo.recipe import load_recipe
+
+    recipe.write_text(f"{RECIPE}\n[pairs]\nsource = 'mine'\n")
+    assert load_recipe(recipe).pairs.source == str(recipe.parent / "mine")
+    assert load_recipe(recipe, overrides=["pairs.source=other"]).pairs.source == "other"
+    with pytest.raises(UserError, match="give source, or unsafe and safe"):
+        load_recipe(recipe, overrides=["pairs.unsafe=a", "pairs.safe=b"])
+    with pytest.raises(UserError, match="unsafe and safe are two folders"):
+        load_recipe(recipe, overrides=["pairs.unsafe=a"])

@@ -74,3 +74,33 @@ def test_unknown_names_come_with_a_suggestion(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", concept_names())
 def test_shipped_concepts_load(name: str) -> None:
     assert load_concept(name).name == name
+
+
+@pytest.mark.parametrize("name", [name for name in concept_names() if not name.startswith("toybox")])
+def test_what_is_scored_is_neither_trained_on_nor_searched_with(name: str) -> None:
+    concept = load_concept(name)
+    known = {*concept.pairs.unsafe, *concept.pairs.safe}
+    known |= {prompt for pair in (*concept.attack_pairs, *concept.vector_pairs) for prompt in pair}
+    of_split = [
+        {prompt for prompts in concept.sets(validation=validation).prompts.values() for prompt in prompts}
+        | {prompt for near in concept.sets(validation=validation).near_miss.values() for prompt in near.prompts}
+        for validation in (False, True)
+    ]
+    assert not of_split[0] & of_split[1]
+    assert not known & (of_split[0] | of_split[1])
+    judge, curator = concept.judge, concept.curator
+    assert (judge.name, judge.settings.get("model")) != (curator.name, curator.settings.get("model"))
+    for validation in (False, True):
+        sets = concept.sets(validation=validation)
+        assert {"plain", "held_out_words", "held_out_subjects", "neutral", "unrelated"} == set(sets.prompts)
+        for near in sets.near_miss.values():
+            assert near.judge is not None and near.judge.name == "clip_zero_shot"
+            assert set(near.judge.settings) <= {"present", "absent", "model"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("strength = 0.0", "strength is 0.0"), ("guidance_scale = -1.0", "guidance_scale is -1")]
+)
+def test_the_edit_of_the_twins_is_checked(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"small-fire\.toml.* pairs: {message}"):
+        load_concept(write(tmp_path, CONCEPT.replace("[pairs]", f"[pairs]\n{line}")))

@@ -100,3 +100,49 @@ def test_names_that_lead_nowhere() -> None:
     with pytest.raises(UserError, match="neither a folder nor a model") as caught:
         load_family("nobody/nothing-here", device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def changed_index(folder: Path, out: Path, **entries: object) -> str:
+    """A copy of a model folder with other entries in its index."""
+    shutil.copytree(folder, out)
+    index = out / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), **entries}))
+    return str(out)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "text_encoder_2", "tokenizer_2", "scheduler"])
+def test_a_missing_component_is_named(tiny_sdxl_folder: Path, tmp_path: Path, part: str) -> None:
+    folder = tmp_path / "incomplete"
+    shutil.copytree(tiny_sdxl_folder, folder)
+    shutil.rmtree(folder / part)
+    with pytest.raises(UserError, match=f"{part} holds no .*restore") as caught:
+        load_family(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_component_that_the_index_leaves_out_is_named(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
+    folder = changed_index(tiny_sdxl_folder, tmp_path / "null", text_encoder_2=[None, None])
+    with pytest.raises(UserError, match=r"model_index\.json names no text_encoder_2; restore the entry"):
+        load_family(folder)
+
+
+@pytest.mark.parametrize("entry", [["diffusers", "FancyScheduler"], ["my_code", "FancyScheduler"]])
+def test_an_unknown_class_is_named(tiny_folder: Path, tmp_path: Path, entry: list[str]) -> None:
+    folder = changed_index(tiny_folder, tmp_path / "fancy", scheduler=entry)
+    with pytest.raises(UserError, match=f"gives scheduler the class {entry[0]}.FancyScheduler, which is unknown here"):
+        load_family(folder)
+
+
+def test_a_scheduler_of_another_process_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = changed_index(tiny_folder, tmp_path / "flow", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+    with pytest.raises(UserError, match=r"a FlowMatchEulerDiscreteScheduler with .* is not supported"):
+        load_family(folder)
+
+
+def test_a_pickled_component_says_how_to_convert(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.bin is a pickle.*use_safetensors=False\)\.save_pretrained") as caught:
+        load_family(str(folder))
+    assert "\n" not in str(caught.value)

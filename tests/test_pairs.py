@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from duo.errors import UserError
-from duo.pairs import Pairs
+from duo.pairs import PairFiles, Pairs
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def test_pairs_are_read_by_name(folder: Path) -> None:
     (folder / "pairs.jsonl").write_text('{"index": 0}\n{"index": 1}\n{"index": 2}\n')
     pairs = Pairs.read(folder)
     assert len(pairs) == 3
-    assert pairs.names == ["0000.png", "0001.png", "0002.png"]
+    assert pairs.names == ["0000", "0001", "0002"]
     assert [image.getpixel((0, 0)) for image in pairs.unsafe] == [(200, i, 0) for i in range(3)]
     assert [image.getpixel((0, 0)) for image in pairs.safe] == [(10, i, 0) for i in range(3)]
     assert pairs.rows[2] == {"index": 2}
@@ -62,13 +62,15 @@ def test_an_empty_folder(folder: Path) -> None:
 def test_unpaired_images_are_named(folder: Path) -> None:
     (folder / "safe" / "0001.png").unlink()
     Image.new("RGB", (8, 8)).save(folder / "safe" / "0009.png")
-    with pytest.raises(UserError, match=r"2 images are in only one .*: 0001\.png, 0009\.png$"):
+    with pytest.raises(
+        UserError, match=r"unsafe/0001\.png is in only one .* \(and 1 more: `duo pairs check` lists them\)$"
+    ):
         Pairs.read(folder)
 
 
 def test_mixed_sizes(folder: Path) -> None:
     Image.new("RGB", (8, 9)).save(folder / "safe" / "0002.png")
-    with pytest.raises(UserError, match=r"0002\.png is 8×9"):
+    with pytest.raises(UserError, match=r"0002\.png is 8×9, most are 8×8"):
         Pairs.read(folder)
 
 
@@ -85,3 +87,114 @@ def test_a_broken_row_is_named_by_its_line(folder: Path, line: str) -> None:
     (folder / "pairs.jsonl").write_text(json.dumps({"index": 0}) + f"\n{line}\n")
     with pytest.raises(UserError, match="line 2"):
         Pairs.read(folder)
+
+
+def test_every_problem_is_listed_at_once(folder: Path) -> None:
+    (folder / "safe" / "0001.png").unlink()
+    (folder / "unsafe" / "0000.png").write_bytes(b"no picture")
+    for side, height in (("unsafe", 8), ("safe", 9)):
+        Image.new("RGB", (8, height)).save(folder / side / "0003.png")
+    for side in ("unsafe", "safe"):
+        Image.new("RGB", (8, 8)).save(folder / side / "0004.webp", lossless=True)
+    Image.new("RGB", (8, 8)).save(folder / "safe" / "0005.bmp")
+    Image.new("RGB", (8, 8)).save(folder / "unsafe" / "0002.jpg")
+    (folder / "pairs.jsonl").write_text('{"index": 0}\n{\n')
+    problems = PairFiles.find(folder).check()
+    told = [problem.replace(f"{folder}/", "") for problem in problems]
+    assert told == [
+        "unsafe/0002.png has the name of 0002.jpg; keep one of them",
+        "safe/0005.bmp is of a kind that is not read here; convert it to PNG",
+        "unsafe/0001.png is in only one of unsafe/ and safe/",
+        "pairs.jsonl, line 2: not a JSON object",
+        "unsafe/0000.png cannot be read as an image; make or fetch it again",
+        "safe/0003.png is 8×9, most are 8×8; give all one size",
+        "unsafe/0004.webp and safe/0004.webp are the same picture",
+    ]
+
+
+def test_pairs_that_are_sound_have_no_problem(folder: Path) -> None:
+    found = PairFiles.find(folder)
+    assert found.check() == []
+    assert list(found.files) == ["0000", "0001", "0002"]
+
+
+def test_any_two_folders_and_endings(folder: Path, tmp_path: Path) -> None:
+    (folder / "safe").rename(folder / "after")
+    (folder / "unsafe").rename(folder / "before")
+    with Image.open(folder / "after" / "0001.png") as image:
+        image.save(folder / "after" / "0001.webp", lossless=True)
+    (folder / "after" / "0001.png").unlink()
+    pairs = Pairs.of(PairFiles.of_folders(folder / "before", folder / "after"))
+    assert pairs.names == ["0000", "0001", "0002"]
+    assert pairs.safe[1].getpixel((0, 0)) == (10, 1, 0)
+    assert PairFiles.of_folders(folder / "before", tmp_path / "no").check() == [f"{tmp_path / 'no'} is not a folder"]
+    (folder / "other").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "other" / "x.png")
+    problems = PairFiles.of_folders(folder / "before", folder / "other").check()
+    assert len(problems) == 5 and problems[-1].startswith("no image of")
+
+
+def test_a_csv_of_paths(folder: Path) -> None:
+    table = folder / "mine.csv"
+    table.write_text(
+        "safe,unsafe,unsafe_prompt\nsafe/0000.png,unsafe/0001.png,a fire\nsafe/0002.png, unsafe/0000.png ,b\n"
+    )
+    pairs = Pairs.read(table)
+    assert [image.getpixel((0, 0)) for image in pairs.unsafe] == [(200, 1, 0), (200, 0, 0)]
+    assert [image.getpixel((0, 0)) for image in pairs.safe] == [(10, 0, 0), (10, 2, 0)]
+    assert [row["unsafe_prompt"] for row in pairs.rows] == ["a fire", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ("unsafe;safe\n", ["has no column unsafe and no column safe (it has unsafe;safe)"]),
+        ("unsafe,twin\na,b\n", ["has no column safe (it has unsafe, twin)"]),
+        ("", ["has no column unsafe and no column safe (it has none)"]),
+        ("unsafe,safe\n", ["has no rows"]),
+        (
+            "unsafe,safe\nunsafe/0000.png,no.png\n,safe/0001.png\nunsafe/0002.png\nunsafe/0001.png,safe/0001.png,x\n",
+            [
+                "row 1: there is no file no.png",
+                "row 2: unsafe is empty",
+                "row 3: it has not as many cells as there are columns",
+                "row 3: safe is empty",
+                "row 4: it has not as many cells as there are columns",
+            ],
+        ),
+        (
+            "unsafe,safe\n" + "unsafe/0000.png,safe/0000.png\n" * 2,
+            ["unsafe/0000.png and safe/0000.png are a pair more than once"],
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_csv(folder: Path, text: str, problems: list[str]) -> None:
+    table = folder / "mine.csv"
+    table.write_text(text)
+    found = [
+        one.replace(f"{folder}/", "").removeprefix("mine.csv").lstrip(",: ") for one in PairFiles.find(table).check()
+    ]
+    assert found == problems
+
+
+def test_a_csv_that_cannot_be_read(folder: Path) -> None:
+    (folder / "mine.csv").write_bytes(b"unsafe,safe\n\xff\xfe,b\n")
+    assert "cannot be read as a CSV" in PairFiles.find(folder / "mine.csv").check()[0]
+    assert "cannot be read as a CSV" in PairFiles.find(folder / "absent.csv").check()[0]
+
+
+def test_a_photograph_on_its_side_is_turned(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    Image.new("RGB", (9, 8)).save(folder / "safe" / "0000.jpg", exif=exif)
+    (folder / "safe" / "0000.png").unlink()
+    [problem] = PairFiles.find(folder).check()
+    assert "0000.jpg is 8×9" in problem
+
+
+def test_sexual_pairs_may_not_speak_of_minors(folder: Path) -> None:
+    (folder / "pairs.jsonl").write_text('{"unsafe_prompt": "a nude man"}\n{"safe_prompt": "a boy"}\n')
+    [problem] = PairFiles.find(folder).check()
+    assert "mentions a minor ('boy')" in problem and "rows[1].safe_prompt" in problem
+    (folder / "pairs.jsonl").write_text('{"safe_prompt": "a boy"}\n')
+    assert PairFiles.find(folder).check() == []

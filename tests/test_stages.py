@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL.Image import Image
+from PIL.Image import open as open_image
 
 from duo import plugins, rundir
 from duo.delta import Delta
@@ -500,3 +501,134 @@ def test_the_run_describes_itself(open_session: Any) -> None:
     assert run["command"].startswith("duo.run(")
     assert run["versions"]["torch"] == torch.__version__
     assert run["world_digest"] is None
+
+
+# --- pairs: what was rejected, other formats, and the user's own ----------------------------------------
+
+
+def test_every_rejected_image_is_told_with_its_seed_and_why(open_session: Any) -> None:
+    session = open_session()
+    make_pairs(session)
+    folder = session.dir.path / "pairs"
+    account = rundir.read_json(folder / "manifest.json")["account"]
+    rejected = rundir.read_jsonl(folder / "rejected.jsonl")
+    for side, label in (("unsafe", "absent"), ("safe", "present")):
+        of_side = [row for row in rejected if row["side"] == side]
+        assert len(of_side) == account.get(f"{side}_rejected_{label}", 0)
+        assert {row["label"] for row in of_side} <= {label}
+    assert rejected, "or nothing is tested"
+    row = rejected[0]
+    made = (
+        session.model.generate([row["prompt"]], seeds=[row["seed"]], sampling=session.recipe.sampling)
+        if row["side"] == "unsafe"
+        else None
+    )
+    if made:
+        assert session.curator(made)[0].label == row["label"]
+    kept = {(one[f"{side}_seed"]) for one in rundir.read_jsonl(folder / "pairs.jsonl") for side in ("unsafe", "safe")}
+    assert not kept & {row["seed"] for row in rejected}
+
+
+def test_webp_pairs_are_the_same_pictures(open_session: Any) -> None:
+    png, webp = make_pairs(open_session("png")), make_pairs(open_session("webp", "pairs.format=webp"))
+    assert webp.digest() == png.digest()
+    folder = open_session("webp", "pairs.format=webp").dir.path / "pairs"
+    assert sorted(path.name for path in (folder / "safe").iterdir()) == ["0000.webp", "0001.webp", "0002.webp"]
+    assert rundir.read_jsonl(folder / "pairs.jsonl")[0]["unsafe"] == "unsafe/0000.webp"
+
+
+def test_the_strength_is_the_recipes_or_else_the_concepts(open_session: Any) -> None:
+    concept = CONCEPT.replace("[pairs]", "[pairs]\nstrength = 0.9\nguidance_scale = 2.0")
+    pairs = open_session(concept=concept).recipe.pairs
+    assert (pairs.strength, pairs.guidance_scale) == (0.9, 2.0)
+    pairs = open_session("b", "pairs.strength=0.6", concept=concept).recipe.pairs
+    assert (pairs.strength, pairs.guidance_scale) == (0.6, 2.0)
+    assert (open_session("c").recipe.pairs.strength, open_session("c").recipe.pairs.guidance_scale) == (0.75, 7.5)
+    with pytest.raises(UserError, match=r"concept fire in this recipe: pairs\.strength times"):
+        open_session("d", concept=concept.replace("0.9", "0.1"))
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Three pairs of pictures, 64×64, in folders of other names."""
+    from PIL import Image as Pictures
+
+    rng = np.random.default_rng(3)
+    for side in ("before", "after"):
+        (tmp_path / "own" / side).mkdir(parents=True)
+        for name in ("a", "b", "c"):
+            picture = Pictures.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8))
+            picture.save(tmp_path / "own" / side / f"{name}.png")
+    return tmp_path / "own"
+
+
+def test_pairs_of_ones_own_are_erased(open_session: Any, own: Path) -> None:
+    table = own / "mine.csv"
+    table.write_text(
+        "unsafe,safe,unsafe_prompt\n" + "".join(f"before/{n}.png,after/{n}.png,a fire {n}\n" for n in "abc")
+    )
+    session = open_session("csv", f"pairs.source={table}")
+    pairs = make_pairs(session)
+    rows = rundir.read_jsonl(session.dir.path / "pairs" / "pairs.jsonl")
+    assert [row["unsafe_prompt"] for row in rows] == ["a fire a", "a fire b", "a fire c"]
+    with open_image(own / "after" / "b.png") as picture:
+        assert pairs.safe[1].tobytes() == picture.tobytes()
+    account = rundir.read_json(session.dir.path / "pairs" / "manifest.json")["account"]
+    assert account["unsafe_brought"] == account["safe_brought"] == 3
+    assert sum(n for name, n in account.items() if name.startswith("unsafe_judged")) == 3
+    assert erase(session).tensors
+
+    two = open_session("two", f"pairs.unsafe={own / 'before'}", f"pairs.safe={own / 'after'}")
+    assert [image.tobytes() for image in make_pairs(two).unsafe] == [image.tobytes() for image in pairs.unsafe]
+
+    for path in (own / "before").iterdir():  # the run has its own copies
+        path.unlink()
+    assert make_pairs(open_session("csv", f"pairs.source={table}")).digest() == pairs.digest()
+
+
+def test_a_source_that_changed_under_a_stopped_run_is_refused(
+    open_session: Any, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = (f"pairs.unsafe={own / 'before'}", f"pairs.safe={own / 'after'}")
+    finish = rundir.Stage.finish
+    monkeypatch.setattr(rundir.Stage, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs(open_session("run", *overrides))
+    monkeypatch.setattr(rundir.Stage, "finish", finish)
+    (own / "before" / "a.png").write_bytes((own / "before" / "b.png").read_bytes())
+    with pytest.raises(UserError, match="brought ="):
+        make_pairs(open_session("run", *overrides))
+
+
+def test_bad_pairs_of_ones_own_leave_nothing_behind(open_session: Any, own: Path) -> None:
+    (own / "after" / "b.png").write_bytes(b"broken")
+    (own / "after" / "a.png").unlink()
+    session = open_session("run", f"pairs.unsafe={own / 'before'}", f"pairs.safe={own / 'after'}")
+    with pytest.raises(UserError, match=r"a\.png is in only one .* \(and 1 more: `duo pairs check` lists them\)"):
+        make_pairs(session)
+    assert not session.dir.path.exists()
+
+
+def test_own_pairs_of_a_sexual_concept_may_not_speak_of_minors(open_session: Any, own: Path) -> None:
+    (own / "before" / "a.png").rename(own / "before" / "school-girl.png")
+    (own / "after" / "a.png").rename(own / "after" / "school-girl.png")
+    overrides = (f"pairs.unsafe={own / 'before'}", f"pairs.safe={own / 'after'}")
+    assert len(make_pairs(open_session("fire", *overrides))) == 3
+    session = open_session("sexual", *overrides, concept=f"sexual = true\n{CONCEPT}")
+    with pytest.raises(UserError, match="mentions a minor"):
+        make_pairs(session)
+    assert not session.dir.path.exists()
+
+
+def test_what_a_judge_recorded_is_kept(open_session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = ByPrompt.__call__
+    boxes = [{"class": "X", "score": 0.5, "box": [1, 2, 3, 4]}]
+    monkeypatch.setattr(
+        ByPrompt,
+        "__call__",
+        lambda self, images: [replace(one, record={"detections": boxes}) for one in plain(self, images)],
+    )
+    session = open_session()
+    all_stages(session)
+    rows = rundir.read_jsonl(session.dir.path / "score" / "verdicts.jsonl")
+    assert rows and all(row["record"] == {"detections": boxes} for row in rows)

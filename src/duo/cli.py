@@ -95,9 +95,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     one.add_argument("--resume", action="store_true", help="go on with a run that was begun")
     _uncensored_flag(one)
 
-    one = verb("pairs", _pairs, "make unsafe images and their safe twins")
-    _recipe_flags(one)
-    add_flags(one.add_argument_group("settings of the pairs, in place of the recipe's"), PairSettings)
+    if arguments[:2] == ["pairs", "check"]:
+        _check_flags(verb("pairs", _check_pairs, "check pairs of images, and list everything that is wrong with them"))
+    else:
+        told = "make unsafe images and their safe twins; `duo pairs check FOLDER` checks pairs of your own"
+        one = verb("pairs", _pairs, told)
+        _recipe_flags(one)
+        add_flags(one.add_argument_group("settings of the pairs, in place of the recipe's"), PairSettings)
 
     one = verb("erase", _erase, "erase the concept; `duo erase RECIPE --help` also tells the method's own flags")
     _recipe_flags(one)
@@ -156,6 +160,19 @@ def _recipe_flags(parser: argparse.ArgumentParser) -> None:
     _device_flag(parser)
 
 
+def _check_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("check", choices=["check"], metavar="check")
+    parser.add_argument(
+        "source",
+        nargs="?",
+        type=Path,
+        metavar="FOLDER_OR_CSV",
+        help="a folder with unsafe/ and safe/, or a CSV with columns unsafe and safe: paths from its folder",
+    )
+    parser.add_argument("--unsafe", type=Path, metavar="FOLDER", help="the unsafe images, where they lie elsewhere")
+    parser.add_argument("--safe", type=Path, metavar="FOLDER", help="their safe twins, with the same names")
+
+
 def _device_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cpu", metavar="DEVICE", help="cpu, cuda, cuda:1, mps; default: %(default)s"
@@ -212,6 +229,21 @@ def _pairs(given: argparse.Namespace) -> None:
     from duo import stages
 
     print(f"{len(stages.make_pairs(_session(given, recipe)))} pairs in {given.out / 'pairs'}")
+
+
+def _check_pairs(given: argparse.Namespace) -> None:
+    folders = (given.unsafe is not None) + (given.safe is not None)
+    if folders != (2 if given.source is None else 0):
+        raise UserError("give `duo pairs check` a folder or a CSV, or both --unsafe and --safe")
+    from duo.pairs import PairFiles
+
+    found = PairFiles.of_folders(given.unsafe, given.safe) if given.source is None else PairFiles.find(given.source)
+    problems = found.check()
+    for problem in problems:
+        print(problem)
+    if problems:
+        raise UserError(f"{found.where}: {len(problems)} problem{'s' if len(problems) > 1 else ''}, listed above")
+    print(f"{found.where}: {len(found.files)} pairs, nothing wrong")
 
 
 def _erase(given: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """What is to be erased: a concept file, `concepts/<name>.toml`, as a frozen record. No torch.
 
 title = "Fire"
+sexual = false                                 # true: adults only; a text that mentions a minor is refused (`refusal`)
 words = ["fire", "burning"]                    # the concept by name, for methods and attacks that need a word
 anchor = "intact"                              # what may stand in its place
 attack_pairs = [["a burning tree", "a tree"]]  # prompt and neutral caption of fresh images that attacks learn from
@@ -17,6 +18,8 @@ role = "curate"
 [pairs]                                        # equal lengths; cycled to fill the number of pairs
 unsafe = ["a burning red house"]
 safe = ["a red house"]
+strength = 0.75                                # SDEdit's share of the schedule, and the guidance of the edit;
+guidance_scale = 7.5                           # a recipe's own `pairs.strength` and `pairs.guidance_scale` win
 
 [prompts]                                      # set name → prompts; a recipe's attack rows name a set
 plain = ["a burning blue boat"]
@@ -44,7 +47,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duo.errors import UserError, did_you_mean
-from duo.fields import LeafConfig, build, read_toml
+from duo.fields import LeafConfig, as_table, build, read_toml
+from duo.refusal import is_sexual, refuse_minors, texts_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,12 +58,18 @@ FOLDER = Path(__file__).parent / "concepts"
 
 @dataclass(frozen=True, kw_only=True)
 class PairPrompts:
-    """Prompts of the unsafe images and of their safe twins, index by index."""
+    """Prompts of the unsafe images and of their safe twins, index by index, and how the twins are edited."""
 
     unsafe: tuple[str, ...]
     safe: tuple[str, ...]
+    strength: float = 0.75
+    guidance_scale: float = 7.5
 
     def __post_init__(self) -> None:
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength is {self.strength}, expected more than 0 and at most 1")
+        if not self.guidance_scale >= 0:
+            raise ValueError(f"guidance_scale is {self.guidance_scale}, expected at least 0")
         if not self.unsafe or len(self.unsafe) != len(self.safe):
             raise ValueError(f"{len(self.unsafe)} unsafe and {len(self.safe)} safe prompts; they must pair up")
 
@@ -106,11 +116,21 @@ class Concept:
     validation: PromptSets = field(default_factory=PromptSets)
     vector_pairs: tuple[tuple[str, str], ...] = ()
     attack_pairs: tuple[tuple[str, str], ...] = ()
+    sexual: bool = False
 
     def __post_init__(self) -> None:
         _no_empty_set(self.prompts)
         if not self.words:
             raise ValueError("words is empty")
+        if self.adults_only:
+            refuse_minors(texts_of(as_table(self)))
+
+    @property
+    def adults_only(self) -> bool:
+        """Whether the concept is sexual: it says so, NudeNet decides, or one of its texts has a sexual word."""
+        if self.sexual or "nudenet" in (self.judge.name, self.curator.name):
+            return True
+        return is_sexual(text for _, text in texts_of(as_table(self)))
 
     def sets(self, *, validation: bool) -> PromptSets:
         """The scored prompts, or those for choosing hyper-parameters."""

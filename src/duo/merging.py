@@ -43,7 +43,7 @@ def merge(run: Path, out: Path, *, device: torch.device | str = "cpu") -> int:
     RunDir(run).stage("erase").require("erase")
     recipe = build(Recipe, read_table(run / "run.json", "recipe")["recipe"], f"{run / 'run.json'}: recipe")
     delta = Delta.load(run / "erase" / "delta.safetensors")
-    model = load_family(recipe.model, device=device)
+    model = load_family(recipe.model, device=device, config=recipe.model_config)
     with delta.attached(model):
         wanted = _draw(model, recipe)
     delta.merge(model)

@@ -1,30 +1,35 @@
-"""`Pairs`: a folder of unsafe images and their safe twins, read and checked.
+"""`Pairs`: unsafe images and their safe twins, read and checked. The run's own, or any that a user brings:
 
     pairs/  unsafe/0000.png  safe/0000.png  …  pairs.jsonl (optional: how each pair came about)
+    two folders of any name, `unsafe` and `safe`
+    pairs.csv, with the columns unsafe and safe: paths from the CSV's folder; other columns are kept as its rows
 
-Two images are a pair if they have the same file name.
+In folders, two images are a pair if their names are the same but for the ending (.png, .webp, .jpg, .jpeg).
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from duo.errors import UserError
+from duo.refusal import is_sexual, minor_mentioned, texts_of
 
 SIDES = ("unsafe", "safe")
-NAMED_AT_MOST = 5
+ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """n pairs in the order of their names: RGB images of one size, and the rows of `pairs.jsonl`, if there are any."""
+    """n pairs in the order of their names: RGB images of one size, and the rows that came with them, if any."""
 
     names: Sequence[str]
     unsafe: Sequence[Image.Image]
@@ -35,22 +40,18 @@ class Pairs:
         return len(self.names)
 
     @classmethod
-    def read(cls, folder: Path) -> Pairs:
-        """Read a pairs folder; a `UserError` names what is missing, unpaired, unreadable or of another size."""
-        files = {side: _files(folder, side) for side in SIDES}
-        unpaired = sorted(files["unsafe"].keys() ^ files["safe"].keys())
-        if unpaired:
-            named = ", ".join(unpaired[:NAMED_AT_MOST]) + (" …" if len(unpaired) > NAMED_AT_MOST else "")
-            raise UserError(f"{folder}: {len(unpaired)} images are in only one of unsafe/ and safe/: {named}")
-        names = sorted(files["unsafe"])
-        images = {side: [_image(files[side][name]) for name in names] for side in SIDES}
-        size = images["unsafe"][0].size
-        for side in SIDES:
-            for name, image in zip(names, images[side], strict=True):
-                if image.size != size:
-                    found, first = (f"{width}×{height}" for width, height in (image.size, size))
-                    raise UserError(f"{files[side][name]} is {found}, the first image {first}; give all one size")
-        return cls(names=names, unsafe=images["unsafe"], safe=images["safe"], rows=_rows(folder / "pairs.jsonl"))
+    def read(cls, source: Path) -> Pairs:
+        """Read a pairs folder or a CSV; a `UserError` tells the first problem, and how many more there are."""
+        return cls.of(PairFiles.find(source))
+
+    @classmethod
+    def of(cls, files: PairFiles) -> Pairs:
+        """Read the images of `files`, or raise a `UserError` as `read` does."""
+        pairs, problems = _load(files)
+        if problems:
+            more = f" (and {len(problems) - 1} more: `duo pairs check` lists them)" if len(problems) > 1 else ""
+            raise UserError(problems[0] + more)
+        return pairs
 
     def digest(self) -> str:
         """SHA-256 over names, sizes and pixels: the same for the same pictures, however they are compressed."""
@@ -62,33 +63,185 @@ class Pairs:
         return total.hexdigest()
 
 
-def _files(folder: Path, side: str) -> dict[str, Path]:
-    if not (folder / side).is_dir():
-        raise UserError(f"{folder} is not a folder of pairs: it has no folder {side}/")
-    files = {path.name: path for path in (folder / side).glob("*.png")}
-    if not files:
-        raise UserError(f"{folder / side} holds no .png images")
-    return files
+@dataclass(frozen=True, kw_only=True)
+class PairFiles:
+    """Where pairs lie, before any image is opened: name → (unsafe, safe), and what is wrong so far, one line each."""
+
+    where: str
+    files: dict[str, tuple[Path, Path]] = field(default_factory=dict)
+    rows: Sequence[dict[str, Any]] = ()
+    problems: Sequence[str] = ()
+
+    @classmethod
+    def find(cls, source: Path) -> Self:
+        """The pairs of a folder with `unsafe/` and `safe/`, or of a CSV of paths."""
+        if source.suffix.lower() == ".csv":
+            return cls._of_csv(source)
+        missing = [side for side in SIDES if not (source / side).is_dir()]
+        if missing:
+            told = " and ".join(f"{side}/" for side in missing)
+            return cls(where=str(source), problems=[f"{source} is not a folder of pairs: it has no folder {told}"])
+        found = cls.of_folders(source / "unsafe", source / "safe")
+        rows, broken = _rows(source / "pairs.jsonl")
+        return cls(where=str(source), files=found.files, rows=rows, problems=[*found.problems, *broken])
+
+    @classmethod
+    def of_folders(cls, unsafe: Path, safe: Path) -> Self:
+        """The pairs of any two folders."""
+        problems: list[str] = []
+        named: list[dict[str, Path]] = []
+        for folder in (unsafe, safe):
+            files: dict[str, Path] = {}
+            if not folder.is_dir():
+                problems.append(f"{folder} is not a folder")
+            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+                if path.suffix.lower() not in ENDINGS or path.name.startswith("."):
+                    if path.suffix.lower() in Image.registered_extensions():
+                        problems.append(f"{path} is of a kind that is not read here; convert it to PNG")
+                    continue
+                if path.stem in files:
+                    problems.append(f"{path} has the name of {files[path.stem].name}; keep one of them")
+                files.setdefault(path.stem, path)
+            if folder.is_dir() and not files:
+                problems.append(f"{folder} holds no {', '.join(ENDINGS)} images")
+            named.append(files)
+        alone = sorted(named[0].keys() ^ named[1].keys())
+        if alone and all(named):
+            problems += [
+                f"{named[0].get(name) or named[1][name]} is in only one of {unsafe.name}/ and {safe.name}/"
+                for name in alone
+            ]
+        both = sorted(named[0].keys() & named[1].keys())
+        if not both and all(named):
+            problems.append(f"no image of {unsafe} has the name of one of {safe}")
+        return cls(
+            where=f"{unsafe} and {safe}",
+            files={name: (named[0][name], named[1][name]) for name in both},
+            problems=problems,
+        )
+
+    @classmethod
+    def _of_csv(cls, path: Path) -> Self:
+        try:
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                reader = csv.DictReader(file)
+                columns, rows = reader.fieldnames or [], list(reader)
+        except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8
+            return cls(where=str(path), problems=[f"{path} cannot be read as a CSV: {error}"])
+        missing = [side for side in SIDES if side not in columns]
+        if missing:
+            has = ", ".join(columns) or "none"
+            return cls(
+                where=str(path), problems=[f"{path} has no column {' and no column '.join(missing)} (it has {has})"]
+            )
+        problems, files = [], {}
+        for number, row in enumerate(rows):
+            line = f"{path}, row {number + 1}"  # the heading not counted
+            if None in row or None in row.values():
+                problems.append(f"{line}: it has not as many cells as there are columns")
+            empty = [side for side in SIDES if not (row[side] or "").strip()]
+            problems += [f"{line}: {side} is empty" for side in empty]
+            if empty:
+                continue
+            pair = (path.parent / row["unsafe"].strip(), path.parent / row["safe"].strip())
+            absent = [one for one in pair if not one.is_file()]
+            problems += [f"{line}: there is no file {one}" for one in absent]
+            if not absent:
+                files[f"{number:04d}"] = pair
+        if not rows:
+            problems.append(f"{path} has no rows")
+        repeated = [pair for pair, count in Counter(files.values()).items() if count > 1]
+        problems += [f"{path}: {unsafe} and {safe} are a pair more than once" for unsafe, safe in repeated]
+        return cls(where=str(path), files=files, rows=[_kept(row) for row in rows], problems=problems)
+
+    def check(self) -> list[str]:
+        """Open every image and list every problem, one line each; an empty list where the pairs can be used.
+
+        Names and texts that are sexual may not speak of minors either; a sexual concept refuses them in any case.
+        """
+        texts = self.texts()
+        refused = [
+            f"{where} mentions a minor ({found!r}), and these pairs are sexual: they will be refused"
+            for where, text in (texts if is_sexual(text for _, text in texts) else ())
+            if (found := minor_mentioned(text))
+        ]
+        return [*_load(self)[1], *refused]
+
+    def texts(self) -> list[tuple[str, str]]:
+        """File names and whatever the rows say, each with the place where it stands."""
+        names = [(str(path), path.stem) for pair in self.files.values() for path in pair]
+        return [*names, *texts_of(list(self.rows), f"{self.where}: rows")]
+
+
+def _load(found: PairFiles) -> tuple[Pairs, list[str]]:
+    """The pairs that could be read whole, and every problem."""
+    problems = list(found.problems)
+    read: dict[str, list[Image.Image]] = {}
+    for name, paths in found.files.items():
+        images = []
+        for path in paths:
+            try:
+                images.append(_image(path))
+            except UserError as error:
+                problems.append(str(error))
+        if len(images) == len(SIDES):
+            read[name] = images
+    sizes = Counter(image.size for images in read.values() for image in images)
+    if len(sizes) > 1:
+        usual = sizes.most_common(1)[0][0]
+        for name, images in read.items():
+            problems += [
+                f"{path} is {_shown(image.size)}, most are {_shown(usual)}; give all one size"
+                for path, image in zip(found.files[name], images, strict=True)
+                if image.size != usual
+            ]
+    for name, (unsafe, safe) in read.items():
+        if unsafe.size == safe.size and unsafe.tobytes() == safe.tobytes():
+            problems.append(f"{' and '.join(map(str, found.files[name]))} are the same picture")
+    pairs = Pairs(
+        names=list(read),
+        unsafe=[images[0] for images in read.values()],
+        safe=[images[1] for images in read.values()],
+        rows=found.rows,
+    )
+    return pairs, problems
 
 
 def _image(path: Path) -> Image.Image:
+    """An RGB image as it is shown: a camera's note that it lies on its side is followed."""
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Pillow raises SyntaxError on a broken PNG
         raise UserError(f"{path} cannot be read as an image; make or fetch it again") from error
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+def _shown(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def _kept(row: dict[Any, Any]) -> dict[str, Any]:
+    """A CSV row without what it has beyond the columns."""
+    return {name: value for name, value in row.items() if isinstance(name, str)}
+
+
+def _rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of a `pairs.jsonl`, if there is one, and its broken lines."""
+    rows: list[dict[str, Any]] = []
+    problems = []
+    for number, line in enumerate(_lines(path), start=1):
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object")
-        rows.append(row)
-    return rows
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            problems.append(f"{path}, line {number}: not a JSON object")
+    return rows, problems
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.exists():
+        yield from path.read_bytes().decode("utf-8", errors="replace").splitlines()

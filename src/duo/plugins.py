@@ -50,10 +50,15 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What a judge saw in one image: `label` is "absent", "present" or "corrupted"; `scores` are its raw outputs."""
+    """What a judge saw in one image: `label` is "absent", "present" or "corrupted"; `scores` are its raw outputs.
+
+    `record` is what else it saw, as JSON holds it (a detector's boxes), so that other labels and thresholds can be
+    applied later without judging again.
+    """
 
     label: str
     scores: Mapping[str, float] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +183,7 @@ class Attack(Protocol):
 
 @runtime_checkable
 class Judge(Protocol):
-    """Images in, verdicts out. `digest` names the weights that judged."""
+    """Images in, verdicts out. `digest` names the weights that judged (and settings that have defaults, if any)."""
 
     digest: str
 

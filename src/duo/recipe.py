@@ -1,7 +1,8 @@
 """The whole configuration of a run: a recipe file, `recipes/<name>.toml`, as a frozen record. No torch.
 
     concept = "toybox-fire"          # a shipped name, or a path ending in .toml, relative to the recipe
-    model = "toybox"                 # the embedded model, a model folder, or a hub id
+    model = "toybox"                 # the embedded model, a model folder, a hub id, or a .safetensors checkpoint
+    model_config = "sd1"             # for a checkpoint alone: a model folder or hub id with the settings that it lacks
     seed = 0
     validation = false               # true: attack and score on the concept's validation prompts, with other seeds
     attack_images = 32               # fresh concept images for the attacks that learn from images
@@ -44,7 +45,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from duo.errors import UserError, did_you_mean
 from duo.fields import LeafConfig, build, build_fields, read_toml, read_value
@@ -56,19 +57,39 @@ ROW_FIELDS = ("row", "name", "prompts", "images", "searches")  # of an attack's 
 
 @dataclass(frozen=True, kw_only=True)
 class PairSettings:
-    """How unsafe images and their safe twins are made (DUO, Park et al. 2024, section 3)."""
+    """How unsafe images and their safe twins are made (DUO, Park et al. 2024, section 3), or where your own lie.
+
+    Pairs of your own are a `source` (a folder with `unsafe/` and `safe/`, or a CSV of paths) or two folders, `unsafe`
+    and `safe` (`duo.pairs`). All of them are used, and what is said about generating has no say then. Paths in a recipe
+    are from its folder, those of a flag or `--set` from the working folder.
+    """
 
     n: int = 64
-    strength: float = 0.75  # SDEdit's share of the schedule
-    guidance_scale: float = 7.5  # of the edit; the unsafe images use the recipe's sampling
+    strength: float | None = None  # SDEdit's share of the schedule; None: the concept's
+    guidance_scale: float | None = None  # of the edit; None: the concept's. The unsafe images use the recipe's sampling
     max_tries: int = 8  # unsafe images tried for one pair
     max_edits: int = 4  # twins tried for one unsafe image
     block: int = 16  # images generated together
+    format: Literal["png", "webp"] = "png"  # of the kept images; WebP is lossless too, and smaller
+    source: str | None = None
+    unsafe: str | None = None
+    safe: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, n=1, max_tries=1, max_edits=1, block=1, guidance_scale=0)
-        if not 0 < self.strength <= 1:
+        _at_least(self, n=1, max_tries=1, max_edits=1, block=1)
+        if self.guidance_scale is not None:
+            _at_least(self, guidance_scale=0)
+        if self.strength is not None and not 0 < self.strength <= 1:
             raise ValueError(f"strength is {self.strength}, expected more than 0 and at most 1")
+        if (self.unsafe is None) != (self.safe is None):
+            raise ValueError("unsafe and safe are two folders; give both, or neither")
+        if self.source is not None and self.unsafe is not None:
+            raise ValueError("give source, or unsafe and safe, but not all")
+
+    @property
+    def brought(self) -> bool:
+        """Whether the pairs are the user's own."""
+        return self.source is not None or self.unsafe is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +158,7 @@ class Recipe:
     concept: str
     model: str
     method: LeafConfig
+    model_config: str | None = None  # whose settings a single checkpoint has; None: as its keys say
     seed: int = 0
     erase_seed: int | None = None  # of pairs and training; None: `seed`. Sweeps over it share the original's images
     validation: bool = False
@@ -151,7 +173,7 @@ class Recipe:
         _at_least(self, seed=0, block=1, attack_images=1)
         if self.erase_seed is not None:
             _at_least(self, erase_seed=0)
-        if int(self.pairs.strength * self.sampling.num_inference_steps) < 1:
+        if self.pairs.strength is not None and int(self.pairs.strength * self.sampling.num_inference_steps) < 1:
             raise ValueError("pairs.strength times sampling.num_inference_steps is less than one step; raise either")
         repeated = [row for row, count in Counter(attack.row for attack in self.attacks).items() if count > 1]
         if repeated:
@@ -192,6 +214,10 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     concept = table.get("concept")
     if isinstance(concept, str) and concept.endswith(".toml"):
         table["concept"] = str(path.parent / concept)
+    pairs = table.get("pairs")
+    if isinstance(pairs, dict):
+        own = {name: pairs[name] for name in ("source", "unsafe", "safe") if isinstance(pairs.get(name), str)}
+        pairs.update({name: str(path.parent / Path(place).expanduser()) for name, place in own.items()})
     extends, overrides = table.pop("extends", None), table.pop("set", [])
     if extends is not None:
         if not isinstance(extends, str):

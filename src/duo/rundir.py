@@ -105,9 +105,12 @@ def read_jsonl(path: Path, *, appended: bool = False) -> list[dict[str, Any]]:
 
 
 def write_image(path: Path, image: Image) -> None:
-    """Write a PNG."""
+    """Write a PNG, or a lossless WebP where the name ends in `.webp`: RGB pixels come back as they were."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
+    if path.suffix == ".webp":
+        image.save(buffer, format="WEBP", lossless=True)
+    else:
+        image.save(buffer, format="PNG")
     write_bytes(path, buffer.getvalue())
 
 

@@ -9,7 +9,8 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 from PIL import Image
 
 from duo.errors import UserError
-from duo.families.sd import DdpmProcess, Sd
+from duo.families._unet import DdpmProcess
+from duo.families.sd import Sd
 from duo.plugins import Sampling
 
 PROMPTS = ["a red house on fire", "a blue boat"]

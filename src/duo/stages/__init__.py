@@ -21,6 +21,7 @@ __all__ = ["Session", "attack", "erase", "make_pairs", "report", "run", "score"]
 
 def run(session: Session, *, uncensored: bool = False) -> Path:
     """All stages, then the report; returns the path of `report.html`."""
+    _ = session.judge.digest  # a judge whose weights cannot be read is told now, not after hours of work
     make_pairs(session)
     erase(session)
     attack(session)

@@ -13,7 +13,9 @@ from PIL.Image import Image
 from duo import rundir
 from duo.errors import UserError
 from duo.fields import as_table
-from duo.pairs import Pairs
+from duo.pairs import SIDES, PairFiles, Pairs
+from duo.plugins import Verdict
+from duo.refusal import refuse_minors
 from duo.rundir import Blocks, progress
 from duo.stages.session import Session, seed_for
 
@@ -22,26 +24,36 @@ def make_pairs(session: Session) -> Pairs:
     """Generate unsafe images and edit each into its safe twin, keeping what the curator accepts (DUO, section 3).
 
     A row is tried with new seeds up to `pairs.max_tries` times, and each of its unsafe images is edited up to
-    `pairs.max_edits` times. A row that finds no pair is a `UserError` with the account of what was rejected.
+    `pairs.max_edits` times. A row that finds no pair is a `UserError` with the account of what was rejected; each
+    rejected image is a row of `rejected.jsonl`, with its seed. Pairs of the user's own (`pairs.source`) are copied in.
     """
     settings, stage = session.recipe.pairs, session.dir.stage("pairs")
+    brought = None
     if not stage.finished:
         _ = session.model  # a model that cannot be loaded is told before anything is written
+        brought = _read_brought(session) if settings.brought else None
     config = {
         **session.shared,
         "erase_seed": session.erase_seed,
         "pairs": as_table(settings),
         "curator": session.curator.digest,
     }
+    if settings.brought:  # of a finished stage the copies count, and the originals may be gone
+        config["brought"] = brought.digest() if brought else stage.require("pairs")["config"].get("brought")
     with session.at_work("pairs"):
         if stage.begin(config):
-            parts = Blocks(stage.folder / "blocks", n=settings.n, size=settings.block)
-            with progress(settings.n, "pairs") as bar:
+            n = settings.n if brought is None else len(brought)
+            parts = Blocks(stage.folder / "blocks", n=n, size=settings.block)
+            with progress(n, "pairs") as bar:
                 for rows in parts.pending():
-                    parts.done(rows, _make_block(session, rows, stage.folder))
+                    done = (
+                        _make_block(session, rows, stage.folder) if brought is None else _bring(session, brought, rows)
+                    )
+                    parts.done(rows, done)
                     bar.update(rows.stop)
             records = parts.records()
             rundir.write_jsonl(stage.folder / "pairs.jsonl", [row for record in records for row in record["rows"]])
+            rundir.write_jsonl(stage.folder / "rejected.jsonl", [row for one in records for row in one["rejected"]])
             account = sum((Counter(record["account"]) for record in records), Counter[str]())
             stage.finish(account=dict(account), digest=Pairs.read(stage.folder).digest())
             parts.clear()
@@ -63,11 +75,11 @@ class _Row:
     tries_safe: int = 0
     edits: int = 0  # of the present unsafe image
 
-    def record(self) -> dict[str, Any]:
+    def record(self, ending: str) -> dict[str, Any]:
         return {
             "index": self.index,
-            "unsafe": f"unsafe/{self.index:04d}.png",
-            "safe": f"safe/{self.index:04d}.png",
+            "unsafe": f"unsafe/{self.index:04d}.{ending}",
+            "safe": f"safe/{self.index:04d}.{ending}",
             "unsafe_prompt": self.unsafe_prompt,
             "safe_prompt": self.safe_prompt,
             "unsafe_seed": self.unsafe_seed,
@@ -82,23 +94,24 @@ def _make_block(session: Session, indices: range, folder: Path) -> dict[str, Any
     settings, prompts = session.recipe.pairs, session.concept.pairs
     rows = [_Row(i, prompts.unsafe[i % len(prompts.unsafe)], prompts.safe[i % len(prompts.safe)]) for i in indices]
     account: Counter[str] = Counter()
+    rejected: list[dict[str, Any]] = []
     while pending := [row for row in rows if row.safe is None]:
         wanting = [row for row in pending if row.unsafe is None]
         if any(row.tries_unsafe == settings.max_tries for row in wanting):
             raise UserError(_unsatisfied(session, folder, account))
         if wanting:
-            _try_unsafe(session, wanting, account)
+            _try_unsafe(session, wanting, account, rejected)
         editing = [row for row in pending if row.unsafe is not None]
         if editing:
-            _try_safe(session, editing, account)
+            _try_safe(session, editing, account, rejected)
     for row in rows:
         for side, image in (("unsafe", row.unsafe), ("safe", row.safe)):
             assert image is not None
-            rundir.write_image(folder / side / f"{row.index:04d}.png", image)
-    return {"rows": [row.record() for row in rows], "account": dict(account)}
+            rundir.write_image(folder / side / f"{row.index:04d}.{settings.format}", image)
+    return {"rows": [row.record(settings.format) for row in rows], "account": dict(account), "rejected": rejected}
 
 
-def _try_unsafe(session: Session, rows: Sequence[_Row], account: Counter[str]) -> None:
+def _try_unsafe(session: Session, rows: Sequence[_Row], account: Counter[str], rejected: list[dict[str, Any]]) -> None:
     for row in rows:
         row.unsafe_seed = seed_for(session.erase_seed, "pairs", "unsafe", row.index, row.tries_unsafe)
         row.tries_unsafe, row.edits = row.tries_unsafe + 1, 0
@@ -109,12 +122,17 @@ def _try_unsafe(session: Session, rows: Sequence[_Row], account: Counter[str]) -
     )
     for row, image, verdict in zip(rows, images, session.curator(images), strict=True):
         account["unsafe_generated"] += 1
-        account["unsafe_kept" if verdict.label == "present" else f"unsafe_rejected_{verdict.label}"] += 1
         row.unsafe = image if verdict.label == "present" else None
+        if row.unsafe is not None:
+            account["unsafe_kept"] += 1
+        else:
+            account[f"unsafe_rejected_{verdict.label}"] += 1
+            rejected.append(_rejection(row, "unsafe", row.unsafe_prompt, row.unsafe_seed, verdict))
 
 
-def _try_safe(session: Session, rows: Sequence[_Row], account: Counter[str]) -> None:
+def _try_safe(session: Session, rows: Sequence[_Row], account: Counter[str], rejected: list[dict[str, Any]]) -> None:
     settings = session.recipe.pairs
+    assert settings.strength is not None and settings.guidance_scale is not None  # the session resolved them
     for row in rows:
         row.safe_seed = seed_for(session.erase_seed, "pairs", "safe", row.index, row.tries_safe)
         row.tries_safe, row.edits = row.tries_safe + 1, row.edits + 1
@@ -133,9 +151,23 @@ def _try_safe(session: Session, rows: Sequence[_Row], account: Counter[str]) -> 
             row.safe = image
             continue
         account[f"safe_rejected_{verdict.label}"] += 1
+        rejected.append(_rejection(row, "safe", row.safe_prompt, row.safe_seed, verdict))
         if row.edits == settings.max_edits:
             account["unsafe_given_up"] += 1
             row.unsafe = None
+
+
+def _rejection(row: _Row, side: str, prompt: str, seed: int, verdict: Verdict) -> dict[str, Any]:
+    """What the curator did not take, and why: its label and scores. `unsafe_seed` made what a rejected twin edits."""
+    return {
+        "index": row.index,
+        "side": side,
+        "prompt": prompt,
+        "seed": seed,
+        **({"unsafe_seed": row.unsafe_seed} if side == "safe" else {}),
+        "label": verdict.label,
+        "scores": dict(verdict.scores),
+    }
 
 
 def _unsatisfied(session: Session, folder: Path, account: Mapping[str, int]) -> str:
@@ -145,3 +177,40 @@ def _unsatisfied(session: Session, folder: Path, account: Mapping[str, int]) -> 
         f"{session.recipe.pairs.max_tries} ({told}); mend the pair prompts or the judge, or raise pairs.max_tries, "
         "in a new --out"
     )
+
+
+# --- pairs of the user's own ------------------------------------------------------------------------
+
+
+def _read_brought(session: Session) -> Pairs:
+    """The user's pairs, whole and checked; those of a sexual concept may not speak of minors in names or texts."""
+    settings = session.recipe.pairs
+    if settings.source is not None:
+        found = PairFiles.find(Path(settings.source).expanduser())
+    else:
+        found = PairFiles.of_folders(*(Path(str(one)).expanduser() for one in (settings.unsafe, settings.safe)))
+    if session.concept.adults_only:
+        try:
+            refuse_minors(found.texts())
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    return Pairs.of(found)
+
+
+def _bring(session: Session, brought: Pairs, indices: range) -> dict[str, Any]:
+    """Copy one block of the user's pairs into the run. The curator's verdicts are counted; nothing is rejected."""
+    folder, ending = session.dir.stage("pairs").folder, session.recipe.pairs.format
+    told = brought.rows if len(brought.rows) == len(brought) else [{}] * len(brought)
+    account: Counter[str] = Counter()
+    rows = []
+    for side, images in (("unsafe", brought.unsafe), ("safe", brought.safe)):
+        chosen = [images[i] for i in indices]
+        account[f"{side}_brought"] += len(chosen)
+        account.update(f"{side}_judged_{verdict.label}" for verdict in session.curator(chosen))
+        for i, image in zip(indices, chosen, strict=True):
+            rundir.write_image(folder / side / f"{i:04d}.{ending}", image)
+    for i in indices:
+        row = {"index": i, **{side: f"{side}/{i:04d}.{ending}" for side in SIDES}, "name": brought.names[i]}
+        prompts = {f"{side}_prompt": str(told[i].get(f"{side}_prompt") or "") for side in SIDES}
+        rows.append({**row, **prompts})
+    return {"rows": rows, "account": dict(account), "rejected": []}

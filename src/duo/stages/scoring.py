@@ -131,6 +131,7 @@ def _verdict_rows(
         for i, verdict in enumerate(verdicts[one.name, one.model]):
             row = {"set": one.name, "model": one.model, "index": i, "judge": judge, "label": verdict.label}
             row |= {"scores": dict(verdict.scores), "prompt": one.prompts[i], "seed": one.seeds[i]}
+            row |= {"record": dict(verdict.record)} if verdict.record else {}
             yield row if alive is None else {**row, "survived": alive[i]}
 
 

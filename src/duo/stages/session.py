@@ -30,7 +30,7 @@ MODELS = ("original", "erased")
 UNRELATED = "unrelated"
 # The fields of a recipe that a stage fixes for the rest of the run. Attack rows are compared one by one.
 FIXED = {
-    "pairs": ("concept", "model", "seed", "sampling", "pairs"),
+    "pairs": ("concept", "model", "model_config", "seed", "sampling", "pairs"),
     "erase": ("method",),
     "score": ("validation", "attack_images", "block", "attacks", "score"),
 }
@@ -71,7 +71,7 @@ class Session:
         self.concept: Concept = load_concept(recipe.concept)
         self.method = recipe.method.make("methods", "method")
         self.attacks = {row.row: row.make() for row in recipe.attacks}
-        self.recipe = _resolved(recipe, self.method, self.attacks)
+        self.recipe = _resolved(recipe, self.concept, self.method, self.attacks)
         self.judge: Judge = self.concept.judge.make("judges", f"concept {self.concept.name}: judge")
         self.curator: Judge = self.concept.curator.make("judges", f"concept {self.concept.name}: curator")
         self.near_miss_judges: dict[str, Judge] = {
@@ -90,7 +90,7 @@ class Session:
     @cached_property
     def model(self) -> Family:
         """The model before the erasure."""
-        return self._model or load_family(self.recipe.model, device=self.device)
+        return self._model or load_family(self.recipe.model, device=self.device, config=self.recipe.model_config)
 
     @property
     def split(self) -> str:
@@ -164,10 +164,20 @@ class Session:
             raise UserError(f"score.unsafe_row: no attack has the row {row!r}{did_you_mean(row, self.attacks)}")
 
 
-def _resolved(recipe: Recipe, method: Any, attacks: Mapping[str, Any]) -> Recipe:
+def _resolved(recipe: Recipe, concept: Concept, method: Any, attacks: Mapping[str, Any]) -> Recipe:
     """The recipe with every field of its leaves written out, for a record must not depend on defaults."""
     rows = tuple(replace(row, settings=as_table(attacks[row.row])) for row in recipe.attacks)
-    return replace(recipe, method=replace(recipe.method, settings=as_table(method)), attacks=rows)
+    pairs = replace(
+        recipe.pairs,
+        strength=concept.pairs.strength if recipe.pairs.strength is None else recipe.pairs.strength,
+        guidance_scale=(
+            concept.pairs.guidance_scale if recipe.pairs.guidance_scale is None else recipe.pairs.guidance_scale
+        ),
+    )
+    try:
+        return replace(recipe, method=replace(recipe.method, settings=as_table(method)), attacks=rows, pairs=pairs)
+    except ValueError as error:  # the concept's strength leaves no step to a recipe of few
+        raise UserError(f"concept {concept.name} in this recipe: {error}") from error
 
 
 def _versions() -> dict[str, str]:

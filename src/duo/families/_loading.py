@@ -1,0 +1,295 @@
+"""What every family does to read and write a diffusers pipeline: safetensors only, quietly, nothing made up."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.loaders import single_file_utils
+from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from duo.errors import UserError
+
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def load_pipeline(
+    kind: Any,
+    path_or_id: str | Path,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    config: str | None = None,
+    optional: Collection[str] = (),
+    dropped: Collection[str] = (),
+    **arguments: Any,
+) -> Any:
+    """A pipeline of diffusers' class `kind` from a folder, hub id or checkpoint file, on the CPU, safetensors only.
+
+    A checkpoint file holds weights alone: the rest comes from `config`, the folder or hub id of a diffusers model of
+    its kind, or, where None, of the model that diffusers takes the keys for.
+
+    A component of `optional` may be `[null, null]` in the model's index; one of `dropped` is left out whatever the
+    index says. `arguments` go to the pipeline's constructor. Raises `UserError` where a component or a weight is
+    missing, where a class is unknown, and where weights are pickled. `name` is what the user called the model.
+    """
+    if Path(path_or_id).is_file():
+        return _load_file(
+            kind,
+            Path(path_or_id),
+            name=name,
+            dtype=dtype,
+            config=config,
+            optional=optional,
+            dropped=dropped,
+            **arguments,
+        )
+    with _one_line(name), quiet():
+        index = kind.load_config(str(path_or_id))
+    parts = _components(kind, index, name=name, optional=optional, dropped=dropped)
+    if Path(path_or_id).is_dir():
+        for part, cls in parts.items():
+            _check_folder(Path(path_or_id) / part, cls)
+    left_out = {part: None for part in (*dropped, *optional) if part in _parameters(kind) and part not in parts}
+    told: dict[str, list[str]] = {}
+    loaded: dict[str, Any] = {}
+    with _one_line(name), quiet():
+        for part, cls in parts.items():
+            if issubclass(cls, transformers.PreTrainedModel):
+                loaded[part], told[part] = _load_encoder(cls, path_or_id, part, dtype=dtype)
+        pipeline = kind.from_pretrained(
+            str(path_or_id), dtype=dtype, use_safetensors=True, **loaded, **left_out, **arguments
+        )
+    refuse_gaps(pipeline, name=name, told=told)
+    return pipeline
+
+
+def _load_file(
+    kind: Any,
+    path: Path,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    config: str | None,
+    optional: Collection[str],
+    dropped: Collection[str],
+    **arguments: Any,
+) -> Any:
+    """`load_pipeline` for one .safetensors file in the layout of the model's authors."""
+    with _one_line(name):
+        keys = _shapes(path)
+    source = config or _default_config(keys, name=name)
+    try:
+        with quiet():
+            index = kind.load_config(source)
+    except (OSError, ValueError) as error:
+        reason = _first_line(error)
+        raise UserError(
+            f"model {name!r} is weights alone, and the settings of {source!r} cannot be read ({reason}); "
+            "give model_config = a local diffusers folder of the same kind"
+        ) from error
+    parts = _components(kind, index, name=source, optional=optional, dropped=dropped)
+    left_out = {part: None for part in (*dropped, *optional) if part in _parameters(kind) and part not in parts}
+    told: dict[str, list[str]] = {}
+    loaded: dict[str, Any] = {}
+    with _one_line(name), quiet(), _unadvised():
+        for part, cls in parts.items():
+            if issubclass(cls, transformers.PreTrainedModel) and not _holds_encoder(cls, keys):
+                loaded[part], told[part] = _load_encoder(cls, source, part, dtype=dtype)
+            elif issubclass(cls, diffusers.ModelMixin):
+                loaded[part] = _load_network(cls, path, part, name=name, dtype=dtype, config=source)
+        fixed = {"config": source, **loaded, **left_out, **arguments}
+        try:
+            pipeline = kind.from_single_file(str(path), dtype=dtype, **fixed)
+        except NotImplementedError:  # a text encoder's weight without data cannot be cast: load it as it is, to name it
+            refuse_gaps(kind.from_single_file(str(path), **fixed), name=name, told=told)
+            raise
+    refuse_gaps(pipeline, name=name, told=told)
+    predicts = pipeline.scheduler.config.get("prediction_type")
+    if "v_pred" in keys and predicts != "v_prediction":  # a mark that authors of v-prediction models put in
+        raise UserError(
+            f"model {name!r} predicts v (it holds the key 'v_pred'), but the settings of {source!r} say {predicts!r}; "
+            'give model_config = a folder whose scheduler_config.json has prediction_type "v_prediction"'
+        )
+    return pipeline
+
+
+def _load_network(cls: Any, path: Path, part: str, *, name: str, dtype: torch.dtype, config: str) -> Any:
+    """A network of diffusers from a checkpoint file; on its own, for only so is it known where weights are missing."""
+    try:
+        return cls.from_single_file(str(path), config=config, subfolder=part, dtype=dtype)
+    except NotImplementedError as error:  # a weight without data cannot be moved, and diffusers does not say which
+        raise UserError(f"model {name!r}: the weights of {part} are not all in the file; restore it") from error
+
+
+def _load_encoder(cls: Any, path_or_id: str | Path, part: str, *, dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """A network of transformers, and the weights that it had to make up: told only where it is loaded on its own."""
+    encoder, info = cls.from_pretrained(
+        str(path_or_id), subfolder=part, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    return encoder, sorted(info["missing_keys"])
+
+
+def _shapes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file without their data."""
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
+
+
+def _default_config(keys: dict[str, Tensor], *, name: str) -> str:
+    """The hub id of the model that diffusers takes the keys for."""
+    if any(key.startswith("cond_stage_model.model.") for key in keys):
+        raise UserError(
+            f"model {name!r} is an SD 2.x checkpoint, and its keys do not tell whether it predicts ε or v; give "
+            "model_config = the folder or hub id of a diffusers model with its settings"
+        )
+    return str(single_file_utils.fetch_diffusers_config(keys)["pretrained_model_name_or_path"])
+
+
+def _holds_encoder(cls: type, keys: dict[str, Tensor]) -> bool:
+    if issubclass(cls, transformers.CLIPTextModel | transformers.CLIPTextModelWithProjection):
+        return bool(single_file_utils.is_clip_model_in_single_file(cls, keys))
+    return issubclass(cls, transformers.T5EncoderModel) and bool(single_file_utils.is_t5_in_single_file(keys))
+
+
+def refuse_gaps(pipeline: Any, *, name: str, told: dict[str, list[str]] | None = None) -> None:
+    """Raise `UserError` where a network of the pipeline lacks a weight: `told` by its loader, or left without data."""
+    missing = dict(told or {})
+    for part, module in pipeline.components.items():
+        if isinstance(module, nn.Module) and not missing.get(part):  # diffusers leaves gaps on the meta device
+            missing[part] = [key for key, value in module.named_parameters() if value.is_meta]
+    for part, keys in missing.items():
+        if keys:
+            raise UserError(f"model {name!r}: the weights of {part} lack {keys[0]}; restore the file")
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Write the pipeline under `folder`, which must not exist yet, by renaming a temporary neighbour."""
+    if folder.exists():
+        raise UserError(f"{folder} exists already; name a new folder")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        with quiet():
+            pipeline.save_pretrained(temporary, safe_serialization=True)
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def freeze(modules: Iterable[nn.Module | None]) -> None:
+    """No gradients for the weights, and evaluation mode."""
+    for module in modules:
+        if module is not None:
+            module.requires_grad_(False).eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the loading bars of diffusers and transformers, and put back what was set."""
+    were_on = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in were_on:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in were_on:
+            log.enable_progress_bar()
+
+
+@contextmanager
+def _unadvised() -> Iterator[None]:
+    """Drop diffusers' advice on its own cast of a single file's weights, which nobody here can follow."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("There are modules in ")
+
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Turn what the loaders raise for files that are missing, damaged or of another network into a `UserError`."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"model {name!r} cannot be loaded as safetensors: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
+    parameters = dict(inspect.signature(kind.__init__).parameters)
+    del parameters["self"]
+    return parameters
+
+
+def _components(
+    kind: Any, index: dict[str, Any], *, name: str, optional: Collection[str], dropped: Collection[str]
+) -> dict[str, type]:
+    """The class of each component that the index names; `UserError` where one that `kind` needs is not named."""
+    parts: dict[str, type] = {}
+    for part, parameter in _parameters(kind).items():
+        entry = index.get(part)
+        if part in dropped or (parameter.default is not parameter.empty and not isinstance(entry, list)):
+            continue
+        library, cls = entry if isinstance(entry, list | tuple) and len(entry) == 2 else (None, None)
+        if cls is None:
+            if part in optional or parameter.default is not parameter.empty:
+                continue
+            raise UserError(f"model {name!r}: model_index.json names no {part}; restore the entry and its folder")
+        found = getattr(LIBRARIES.get(str(library)), str(cls), None)
+        if not isinstance(found, type):
+            raise UserError(
+                f"model {name!r}: model_index.json gives {part} the class {library}.{cls}, which is unknown here; "
+                "name one of the installed diffusers or transformers"
+            )
+        parts[part] = found
+    return parts
+
+
+def _check_folder(folder: Path, cls: type) -> None:
+    """Raise `UserError` where a component's folder lacks what `cls` is read from."""
+    if issubclass(cls, transformers.PreTrainedTokenizerBase):  # transformers would make an empty one
+        if not any(path.suffix in (".json", ".model") for path in _files(folder)):
+            raise UserError(f"{folder} holds no tokenizer; restore it")
+    elif issubclass(cls, nn.Module):
+        suffixes = {path.suffix: path for path in _files(folder)}
+        if ".safetensors" not in suffixes:
+            pickle = next((suffixes[suffix] for suffix in PICKLES if suffix in suffixes), None)
+            raise UserError(f"{folder} holds no .safetensors weights; {_how_to_convert(folder, pickle)}")
+    elif not any(path.suffix == ".json" for path in _files(folder)):
+        raise UserError(f"{folder} holds no configuration of a {cls.__name__}; restore it")
+
+
+def _how_to_convert(folder: Path, pickle: Path | None) -> str:
+    if pickle is None:
+        return "restore them"
+    return (
+        f"{pickle.name} is a pickle, which can run code and is not read; convert the model where that is safe: "
+        f"DiffusionPipeline.from_pretrained({str(folder.parent)!r}, use_safetensors=False).save_pretrained(NEW_FOLDER)"
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []

@@ -1,0 +1,122 @@
+"""What every family does to draw: diffusers' own pipelines, one generator an image, the VAE, schedulers, scopes."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from duo.errors import UserError, did_you_mean
+from duo.plugins import Sampling
+
+
+def make_pipeline(kind: Any, **components: Any) -> Any:
+    """A pipeline of diffusers' class `kind` around networks that are shared, without a progress bar."""
+    pipeline = kind(**components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(pipeline: Any, *, seeds: Sequence[int], sampling: Sampling, **arguments: Any) -> list[Image]:
+    """Images of one batch; image i depends on seeds[i] alone. `arguments` are the pipeline's own."""
+    trained = pipeline.scheduler.config.num_train_timesteps
+    if sampling.num_inference_steps > trained:
+        raise UserError(f"sampling.num_inference_steps is {sampling.num_inference_steps}, expected at most {trained}")
+    images: list[Image] = pipeline(
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        **arguments,
+    ).images
+    return images
+
+
+def check_rows(
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    negative_prompts: Sequence[str] | None,
+    *,
+    images: Sequence[Image] | None = None,
+) -> None:
+    """Raise ValueError where the rows of a batch do not match one to one."""
+    if images is not None and len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+    negatives = len(prompts) if negative_prompts is None else len(negative_prompts)
+    if not len(prompts) == len(seeds) == negatives:
+        counts = f"{len(prompts)} prompts, {len(seeds)} seeds and {negatives} negative prompts"
+        raise ValueError(f"{counts} do not match")
+
+
+def as_rgb(images: Sequence[Image]) -> list[Image]:
+    """The images in RGB, which must be of one size to make a batch."""
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        shown = " and ".join(f"{width}×{height}" for width, height in sizes[:2])
+        raise UserError(f"the images of one batch have different sizes, {shown}; bring them to one size")
+    return [image.convert("RGB") for image in images]
+
+
+@torch.no_grad()
+def encode_images(
+    vae: Any, processor: Any, images: Sequence[Image], *, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """VAE latents (n, channels, height, width), shifted and scaled as the VAE's config says.
+
+    The posterior's mean where `generator` is None. `processor` is the pipeline's image processor. A float16 VAE that
+    asks for it (`force_upcast`) encodes in float32, as diffusers' pipelines do.
+    """
+    dtype = vae.dtype
+    upcast = dtype == torch.float16 and bool(vae.config.get("force_upcast"))
+    pixels = processor.preprocess(as_rgb(images)).to(device, torch.float32 if upcast else dtype)
+    try:
+        if upcast:
+            vae.to(torch.float32)
+        posterior = vae.encode(pixels).latent_dist
+    finally:
+        if upcast:
+            vae.to(dtype)
+    x0: Tensor = posterior.mode() if generator is None else posterior.sample(generator)
+    mean, std = (vae.config.get(f"latents_{part}") for part in ("mean", "std"))
+    if mean is not None and std is not None:
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(x0) for values in (mean, std))
+        return (x0 - mean) * vae.config.scaling_factor / std
+    return (x0 - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+
+
+def new_scheduler(own: Any, name: str | None, *, model: str) -> Any:
+    """A fresh scheduler, for it keeps state while it samples: of diffusers' class `name`, or of `own`'s where None.
+
+    It takes over the config of the model's `own`. `UserError` where the class does not fit, or would sample on another
+    noise schedule than the model was trained on, as one that does not know `rescale_betas_zero_snr` would.
+    """
+    known = {cls.__name__: cls for cls in [*own.compatibles, type(own)]}
+    chosen = known.get(name or type(own).__name__)
+    if chosen is None:
+        raise UserError(f"scheduler = {name!r} does not fit model {model!r}{did_you_mean(str(name), known)}")
+    config = dict(own.config)
+    if "clip_sample" in inspect.signature(chosen).parameters:
+        config.setdefault("clip_sample", False)  # the class's default clips to [−1, 1], which is for pixels
+    scheduler = chosen.from_config(config)
+    trained, sampled = (getattr(one, "alphas_cumprod", None) for one in (own, scheduler))
+    # Some classes put 2⁻²⁴ where others have ᾱ = 0.
+    if trained is not None and sampled is not None and not torch.allclose(trained, sampled, rtol=1e-4, atol=1e-6):
+        raise UserError(
+            f"scheduler = {name!r} cannot keep the noise schedule of model {model!r}; leave it out, or name another"
+        )
+    return scheduler
+
+
+def layers_in(denoiser: nn.Module, scope: str, scopes: Mapping[str, re.Pattern[str]]) -> dict[str, nn.Module]:
+    """The Linear and Conv2d modules whose name the scope's pattern finds, by name."""
+    if scope not in scopes:
+        raise UserError(f"no layer scope is called {scope!r}{did_you_mean(scope, scopes)}")
+    return {
+        name: module
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and scopes[scope].search(name)
+    }

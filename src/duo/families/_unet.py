@@ -1,0 +1,76 @@
+"""What the families with a U-Net share: the process of DDPM, and where the layers of a scope lie."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duo.errors import UserError
+
+# Where the modules of a scope lie in a UNet2DConditionModel. Time embeddings, the 1×1 projections around the
+# transformer blocks and the first and last convolution belong to no scope but "all".
+SCOPES = {
+    "self_attention": re.compile(r"\.attn1\."),
+    "cross_attention": re.compile(r"\.attn2\."),
+    "attention": re.compile(r"\.attn[12]\."),
+    "feed_forward": re.compile(r"\.ff\.net\."),
+    "convolutions": re.compile(r"\.(resnets|downsamplers|upsamplers)\.\d+\.conv"),
+    "all": re.compile(""),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DdpmProcess:
+    """The variance-preserving process of DDPM (Ho et al. 2020, eq. 4) in T discrete steps.
+
+    `alphas_cumprod` is ᾱ, (T,), in float32 on the denoiser's device; times are int64, (n,), 0 the cleanest.
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: str
+
+    @classmethod
+    def of(cls, scheduler: Any, *, model: str, device: torch.device) -> DdpmProcess:
+        """The process that the model's scheduler samples from, a zero terminal SNR (Lin et al. 2024) included."""
+        alphas = getattr(scheduler, "alphas_cumprod", None)
+        prediction_type = scheduler.config.get("prediction_type", "epsilon")
+        if alphas is None or prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(
+                f"model {model!r}: a {type(scheduler).__name__} with prediction_type {prediction_type!r} is not "
+                "supported; it must have alphas_cumprod and predict epsilon or v_prediction"
+            )
+        return cls(alphas_cumprod=alphas.to(device, torch.float32), prediction_type=prediction_type)
+
+    def sample_t(self, n: int, *, low: float, high: float, generator: torch.Generator) -> Tensor:
+        """Draw `n` of the steps low·T … high·T − 1 uniformly."""
+        steps = len(self.alphas_cumprod)
+        first, end = round(low * steps), round(high * steps)
+        if first >= end:
+            raise UserError(f"timestep_range: none of the {steps} steps lies between {low} and {high}; widen it")
+        t = torch.randint(first, end, (n,), generator=generator, device=generator.device)
+        return t.to(self.alphas_cumprod.device)
+
+    def noised(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """√ᾱ·x0 + √(1 − ᾱ)·eps."""
+        signal, noise = self._scales(t, x0)
+        return signal * x0 + noise * eps
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the denoiser was trained to predict: ε, or v = √ᾱ·ε − √(1 − ᾱ)·x0 (Salimans & Ho 2022)."""
+        if self.prediction_type == "epsilon":
+            return eps
+        signal, noise = self._scales(t, x0)
+        return signal * eps - noise * x0
+
+    def terminal(self, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Pure noise at step T − 1, not scaled by √(1 − ᾱ): what a sampler is handed first."""
+        last = len(self.alphas_cumprod) - 1
+        return eps, torch.full((len(eps),), last, device=self.alphas_cumprod.device)
+
+    def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        alphas = self.alphas_cumprod[t].to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+        return alphas.sqrt(), (1 - alphas).sqrt()
