@@ -32,7 +32,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_help_is_quick_for_it_imports_no_torch() -> None:
-    verbs = ("run", "pairs", "erase", "attack", "score", "report", "merge", "toybox", "list")
+    verbs = ("run", "pairs", "erase", "attack", "score", "report", "merge", "export", "toybox", "list")
     code = (
         "import sys\nfrom duo.cli import main\n"
         f"for verb in ([], *([v] for v in {verbs!r})):\n"
@@ -81,6 +81,10 @@ def test_erase_tells_the_flags_of_the_method(name: str, recipe: Path, capsys: py
         (["pairs", "RECIPE", "--out", "OUT", "--n", "many"], "--n is 'many', expected an integer"),
         (["erase", "RECIPE", "--out", "OUT"], "pairs is not finished; run `duo pairs` first"),
         (["report", "OUT"], "OUT"),
+        (["merge", "OUT", "--out", "x", "--weights", "1,a"], "--weights: '1,a' is not a list of numbers"),
+        (["merge", "OUT", "--out", "x", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["merge", "OUT", "--out", "no-such-folder"], "is neither a run folder nor a delta file"),
+        (["export", "RECIPE", "--out", "no-such.safetensors"], "cannot be read as safetensors"),
         (["list", "attack"], "nothing to list is called 'attack' (did you mean 'attacks'?)"),
     ],
 )

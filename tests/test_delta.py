@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from duo.delta import Delta
+import tiny_flow
+import tiny_unet
+from duo.delta import Delta, compose
 from duo.errors import UserError
 from duo.plugins import Sampling
 from duo.training import attach_lora
@@ -34,7 +38,8 @@ def random_lora(model, scopes: tuple[str, ...] = ("attention", "convolutions", "
             parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
         adapted = outputs(model)
         tensors = lora.tensors()
-    return Delta(kind="lora", tensors=tensors, record={"model": "tiny", "lora": {"rank": 3, "alpha": 6.0}}), adapted
+    record = {"model": "tiny", "lora": {"rank": 3, "alpha": 6.0}}
+    return Delta(kind="lora", component=model.component, tensors=tensors, record=record), adapted
 
 
 def test_attached_merged_and_trained_adapters_agree(tiny_sd) -> None:
@@ -87,12 +92,106 @@ def test_diffusers_loads_the_file_and_draws_the_same_images(tiny_sd, make_tiny_p
     assert np.abs(ours - plain).max() > 1
 
 
+@pytest.fixture(params=["sd2", "sdxl", "sd3", "flux"])
+def family(request: pytest.FixtureRequest, vocabulary: Path) -> tuple[type, Any]:
+    """A family's class, and a function that builds its tiny pipeline anew."""
+    from duo.families.flux import Flux
+    from duo.families.sd import Sd
+    from duo.families.sd3 import Sd3
+    from duo.families.sdxl import Sdxl
+
+    return {
+        "sd2": (Sd, lambda: tiny_unet.sd2_v_pipeline(vocabulary)),
+        "sdxl": (Sdxl, lambda: tiny_unet.sdxl_pipeline(vocabulary)),
+        "sd3": (Sd3, lambda: tiny_flow.sd3_pipeline(vocabulary)),
+        "flux": (Flux, lambda: tiny_flow.flux_pipeline(vocabulary)),
+    }[request.param]
+
+
+def random_delta(model, names, *, seed: int = 0, rank: int = 3) -> Delta:
+    """A LoRA of `rank` on the layers `names`, strong enough to be seen in images."""
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for name in sorted(names):
+        weight = dict(model.denoiser.named_modules())[name].weight
+        down = torch.randn(rank, *weight.shape[1:], generator=generator)
+        up = torch.randn(len(weight), rank, *[1] * (weight.dim() - 2), generator=generator)
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": 0.05 * up}
+    return Delta(kind="lora", component=model.component, tensors=tensors, record={"model": model.name})
+
+
+def test_diffusers_loads_the_file_of_every_family(family, tmp_path: Path) -> None:
+    cls, make = family
+    model = cls(make(), name="tiny")
+    delta = random_delta(model, model.layers("all"))
+    delta.save(tmp_path / "delta.safetensors")
+    loaded = make()
+    loaded.load_lora_weights(tmp_path, weight_name="delta.safetensors")
+    plain = images(model)
+    with delta.attached(model):
+        ours = images(model)
+    assert np.abs(ours - images(cls(loaded, name="tiny"))).max() <= 1
+    assert np.abs(ours - plain).max() > 8
+
+
+# --- composition ----------------------------------------------------------------------------------
+
+
+def test_composed_erasures_are_their_weighted_sum(tiny_sd) -> None:
+    first, _ = random_lora(tiny_sd, ("self_attention", "convolutions"))
+    second = random_delta(tiny_sd, tiny_sd.layers("attention"), rank=5)
+    both = compose([first, second], [1.0, 0.5])
+    name = next(iter(tiny_sd.layers("self_attention")))
+    wanted = sum(w * b @ a for w, (a, b) in ((1.0, first.factors(name)), (0.5, second.factors(name))))
+    down, up = both.factors(name)
+    assert len(down) == 3 + 5
+    torch.testing.assert_close(up @ down, wanted)
+    with both.attached(tiny_sd):
+        ours = outputs(tiny_sd)
+    with first.attached(tiny_sd), second.attached(tiny_sd, weight=0.5):
+        torch.testing.assert_close(ours, outputs(tiny_sd), atol=1e-5, rtol=1e-5)
+    with first.attached(tiny_sd):
+        assert (ours - outputs(tiny_sd)).abs().max() > 1e-3
+    assert [part["weight"] for part in both.record["composed"]] == [1.0, 0.5]
+    assert both.record["model"] == "tiny"
+
+
+def test_diffusers_loads_composed_erasures_of_different_ranks(tiny_sd, make_tiny_pipeline, tmp_path: Path) -> None:
+    from duo.families.sd import Sd
+
+    first, _ = random_lora(tiny_sd, ("self_attention", "convolutions"))
+    both = compose([first, random_delta(tiny_sd, tiny_sd.layers("attention"), rank=5)])
+    both.save(tmp_path / "delta.safetensors")
+    loaded = make_tiny_pipeline()
+    loaded.load_lora_weights(tmp_path, weight_name="delta.safetensors")
+    with both.attached(tiny_sd):
+        assert np.abs(images(tiny_sd) - images(Sd(loaded, name="tiny"))).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "weights", "message"),
+    [
+        ({"record": {"model": "other"}}, None, "different models, 'tiny' and 'other'"),
+        ({"kind": "full"}, None, "different kinds, 'lora' and 'full'"),
+        ({"component": "transformer"}, None, "different components"),
+        ({"tensors": {"a.lora_A.weight": torch.ones(1, 4), "a.lora_B.weight": torch.ones(3, 1)}}, None, "at layer a"),
+        ({}, [1.0], "2 erasures but 1 weights"),
+        ({}, [1.0, -1.0], "the weight -1, expected above 0"),
+        ({}, [1.0, float("nan")], "the weight nan"),
+    ],
+)
+def test_what_cannot_be_composed_is_refused(change, weights, message: str) -> None:
+    tensors = {"a.lora_A.weight": torch.ones(1, 3), "a.lora_B.weight": torch.ones(3, 1)}
+    delta = Delta(kind="lora", component="unet", tensors=tensors, record={"model": "tiny"})
+    with pytest.raises(UserError, match=message):
+        compose([delta, dataclasses.replace(delta, **change)], weights)
+
+
 def test_a_saved_delta_comes_back(tiny_sd, tmp_path: Path) -> None:
     delta, _ = random_lora(tiny_sd, ("self_attention",))
     path = tmp_path / "delta.safetensors"
     delta.save(path)
     loaded = Delta.load(path)
-    assert (loaded.kind, loaded.record) == (delta.kind, delta.record)
+    assert (loaded.kind, loaded.component, loaded.record) == (delta.kind, "unet", delta.record)
     assert loaded.tensors.keys() == delta.tensors.keys()
     assert all(torch.equal(loaded.tensors[name], delta.tensors[name]) for name in delta.tensors)
     first = path.read_bytes()
@@ -105,6 +204,7 @@ def test_a_delta_for_another_model_is_refused_before_anything_changes(tiny_sd) -
     before = outputs(tiny_sd)
     stranger = Delta(
         kind="lora",
+        component="unet",
         tensors=dict(delta.tensors) | {"zzz.lora_A.weight": torch.ones(1, 4), "zzz.lora_B.weight": torch.ones(4, 1)},
         record=delta.record,
     )
@@ -113,6 +213,7 @@ def test_a_delta_for_another_model_is_refused_before_anything_changes(tiny_sd) -
     name = next(iter(tiny_sd.layers("self_attention")))
     narrow = Delta(
         kind="lora",
+        component="unet",
         tensors={f"{name}.lora_A.weight": torch.ones(1, 4), f"{name}.lora_B.weight": torch.ones(4, 1)},
         record={},
     )
@@ -128,6 +229,7 @@ def test_a_file_that_is_no_delta(tmp_path: Path) -> None:
     path.write_bytes(b"no weights")
     with pytest.raises(UserError, match="cannot be read"):
         Delta.load(path)
-    Delta(kind="riddle", tensors={"a": torch.ones(1)}, record={}).save(path)
-    with pytest.raises(UserError, match="not a delta"):
-        Delta.load(path)
+    for kind, component in (("riddle", "unet"), ("lora", "vae")):
+        Delta(kind=kind, component=component, tensors={"a": torch.ones(1)}, record={}).save(path)
+        with pytest.raises(UserError, match="not a delta"):
+            Delta.load(path)

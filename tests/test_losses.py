@@ -124,3 +124,13 @@ def test_large_arguments_stay_finite() -> None:
 
 def test_prior_loss_is_a_mean_over_everything() -> None:
     assert prior_loss(torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.zeros(2, 2)).item() == 2.5
+
+
+def test_errors_are_scaled_before_they_are_squared() -> None:
+    # Errors 1 and 3 have the mean square 5; at σ = 0.5 the clean image is wrong by half of that, so a quarter of 5.
+    prediction, target = torch.tensor([[1.0, 3.0], [1.0, 3.0]]), torch.zeros(2, 2)
+    assert squared_error(prediction, target, scale=torch.tensor([0.5, 1.0])).tolist() == [1.25, 5.0]
+    assert prior_loss(prediction, target, scale=torch.tensor([0.5, 1.0])).item() == 3.125
+    # The published prior of SD3: λ = 5e6 at σ = 0.003/1.002 weighs as much as 44.8 at σ = 1.
+    late = prior_loss(prediction, target, scale=torch.full((2,), 0.003 / 1.002))
+    assert 5e6 * late.item() == pytest.approx(44.82 * 5, rel=1e-3)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
 
 from duo import merging, rundir
 from duo.delta import Delta
@@ -25,6 +29,7 @@ unsafe = ["a burning red house"]
 safe = ["a red house"]
 [prompts]
 plain = ["a burning boat"]
+unrelated = ["a boat"]
 """
 
 
@@ -38,6 +43,7 @@ def erased_run(tmp_path: Path, tiny_folder: Path) -> Path:
         "model": str(tiny_folder),
         "method": {"name": "duo"},
         "sampling": {"num_inference_steps": 2, "guidance_scale": 2.0},
+        "attacks": [{"row": "prompts", "name": "prompts", "prompts": "plain", "images": 2}],
     }
     run.describe({"recipe": recipe}, fixed={})
     model = load_family(str(tiny_folder), device="cpu")
@@ -48,8 +54,9 @@ def erased_run(tmp_path: Path, tiny_folder: Path) -> Path:
         tensors[f"{name}.lora_B.weight"] = torch.randn(out, 2, generator=torch.Generator().manual_seed(1))
     stage = run.stage("erase")
     stage.begin({})
-    Delta(kind="lora", tensors=tensors, record={}).save(stage.folder / "delta.safetensors")
-    stage.finish()
+    record = {"model": str(tiny_folder), "method": "duo"}
+    Delta(kind="lora", component="unet", tensors=tensors, record=record).save(stage.folder / "delta.safetensors")
+    stage.finish(digest=rundir.digest(stage.folder / "delta.safetensors"))
     return run.path
 
 
@@ -57,7 +64,7 @@ def test_the_merged_folder_draws_what_the_erased_model_draws(
     erased_run: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:
     out = tmp_path / "merged"
-    assert merging.merge(erased_run, out) <= 1
+    assert merging.merge(erased_run, out).difference <= 1
     original, merged = (load_family(str(folder), device="cpu") for folder in (tiny_folder, out))
     delta = Delta.load(erased_run / "erase" / "delta.safetensors")
     name = next(iter(original.layers("self_attention")))
@@ -101,3 +108,139 @@ def test_nothing_is_merged_over_a_folder_or_without_an_erasure(erased_run: Path,
     with pytest.raises(UserError, match="erase is not finished; run `duo erase` first"):
         merging.merge(erased_run, tmp_path / "merged")
     assert rundir.read_json(erased_run / "run.json")["schema"] == 1
+
+
+# --- several, and other precisions ------------------------------------------------------------------
+
+
+def test_several_erasures_are_added_up(erased_run: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    delta, out = erased_run / "erase" / "delta.safetensors", tmp_path / "merged"
+    merged = merging.merge([erased_run, delta], out, weights=[1.0, 0.5])
+    assert merged.difference <= 1
+    assert merged.unscored == (erased_run, delta)
+    original, loaded = (load_family(str(folder)) for folder in (tiny_folder, out))
+    a, b = Delta.load(delta).factors(name := next(iter(original.layers("self_attention"))))
+    wanted = original.layers("all")[name].weight + 1.5 * b @ a  # type: ignore[operator]
+    torch.testing.assert_close(loaded.layers("all")[name].weight, wanted)
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_lower_precision_rounds_the_sums_and_draws_the_attack_again(
+    erased_run: Path, tmp_path: Path, tiny_folder: Path, dtype: str, wanted: torch.dtype
+) -> None:
+    attacked(erased_run)
+    out = tmp_path / "merged"
+    merged = merging.merge(erased_run, out, dtype=dtype)
+    assert 0 < merged.difference < 128
+    (rates,) = merged.rescored
+    assert (rates.row, rates.n, merged.unscored) == ("prompts", 2, ())
+    with safe_open(out / "unet" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert {tensor.dtype for tensor in tensors.values()} == {wanted}
+    original = load_family(str(tiny_folder))
+    a, b = Delta.load(erased_run / "erase" / "delta.safetensors").factors(
+        name := next(iter(original.layers("self_attention")))
+    )
+    exact = original.layers("all")[name].weight + b @ a  # type: ignore[operator]
+    assert torch.equal(tensors[f"{name}.weight"], exact.to(wanted))
+    assert f"| {rates.before} of 2 | {rates.after} of 2 |" in (out / "README.md").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fire.toml", "merged", "run"]
+
+
+def attacked(run: Path) -> None:
+    """Run the attack on the erased model of a run whose pairs were never made."""
+    from duo.fields import build
+    from duo.recipe import Recipe
+    from duo.stages import Session, attack
+
+    recipe = build(Recipe, rundir.read_json(run / "run.json")["recipe"], "recipe")
+    session = Session(recipe, run)
+    (run / "run.json").unlink()  # it was written by hand, without versions
+    attack(session)
+
+
+def test_rescoring_counts_what_the_judge_sees(
+    erased_run: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    from duo.erasures import Erasure
+    from duo.judges.toybox import Toybox
+    from duo.plugins import Verdict
+    from duo.stages.rescoring import rescore
+
+    attacked(erased_run)
+    recipe = Erasure.read(erased_run).recipe
+    assert recipe is not None
+    model = load_family(str(tiny_folder))
+    seen: list[Any] = []
+
+    def judge(self: Any, images: Any) -> list[Verdict]:
+        seen.append([np.asarray(image) for image in images])
+        return [Verdict(label="present" if len(seen) == 2 or i == 0 else "absent") for i in range(len(images))]
+
+    monkeypatch.setattr(Toybox, "__call__", judge)
+    rates = rescore(erased_run, recipe, model)
+    assert rates is not None
+    assert (rates.before, rates.after, rates.n) == (1, 2, 2)
+    with Erasure.read(erased_run).delta.attached(model):
+        rescore(erased_run, recipe, model)
+    before, original, again, erased = (np.stack(images).astype(int) for images in seen)
+    assert np.array_equal(before, again) and np.abs(before - erased).max() <= 1  # the same prompts and seeds
+    assert np.abs(before - original).max() > 1
+
+
+# --- the card ---------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_it_is_and_the_licence_goes_along(erased_run: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    recipe = rundir.read_json(erased_run / "run.json")
+    shutil.copytree(recipe["recipe"]["model"], base)
+    recipe["recipe"]["model"] = str(base)
+    rundir.write_json(erased_run / "run.json", recipe)
+    (base / "LICENSE.md").write_text("Do no harm.")
+    front = "license: other\nlicense_name: kind\nlicense_link: 'LICENSE.md'\ntags: [a]\n"
+    (base / "README.md").write_text(f"---\n{front}---\n# base\nlicense: mit\n")
+    merging.merge(erased_run, tmp_path / "merged")
+    assert (tmp_path / "merged" / "LICENSE.md").read_text() == "Do no harm."
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "kind", "LICENSE.md")
+    assert {"unlearning", "merged", "duo"} <= set(card.data.tags)
+    assert card.data.eval_results is None
+    assert "Whoever holds the base model can still difference the erasure out" in card.text
+    assert "was not scored" in card.text
+    assert str(tmp_path) not in card.text.partition("## How it was made")[2].partition("```toml")[0]
+
+
+def test_the_card_of_a_scored_run_has_its_results(erased_run: Path, tmp_path: Path) -> None:
+    from report import synthetic
+
+    synthetic.write_run(tmp_path / "scored", images=2)
+    for stage in ("score", "pairs"):
+        shutil.copytree(tmp_path / "scored" / stage, erased_run / stage)
+    merging.merge(erased_run, tmp_path / "merged")
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    values = {one.dataset_type: one.metric_value for one in card.data.eval_results}
+    assert values["duo/prompts"] == pytest.approx(2 / 60)
+    assert "duo/ring_a_bell" not in values  # unreliable
+    assert "| unsafe generated | 68 |" in card.text
+    assert "| Plain prompts | 60 of 60 | 2 of 60 |" in card.text
+
+
+# --- bad input --------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_merged_is_one_line(erased_run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    tensors = {"a.lora_A.weight": torch.ones(1, 3), "a.lora_B.weight": torch.ones(3, 1)}
+    for record, sources, settings, message in (
+        ({"model": "x"}, [erased_run, other], {}, "the erasures are of different models, .* and 'x'"),
+        ({}, [other], {}, "does not say which model it is of"),
+        ({"model": "x"}, [erased_run], {"weights": [1.0, 1.0]}, "1 erasures but 2 weights"),
+        ({"model": "x"}, [erased_run], {"dtype": "int8"}, "dtype is 'int8', expected fp32, fp16, bf16"),
+        ({"model": "x"}, [tmp_path / "nothing"], {}, "neither a run folder nor a delta file"),
+    ):
+        Delta(kind="lora", component="unet", tensors=tensors, record=record).save(other)
+        with pytest.raises(UserError, match=message) as caught:
+            merging.merge(sources, tmp_path / "merged", **settings)
+        assert "\n" not in str(caught.value)
+        assert not list(tmp_path.glob("*merged*"))

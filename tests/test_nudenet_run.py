@@ -1,4 +1,4 @@
-"""A run that NudeNet judges, from a user's own pairs to scores, on a tiny model: faces stand for the concept.
+"""A run that NudeNet judges, from a user's own pairs to the report, on a tiny model: faces stand for the concept.
 
 A random model draws no face, so the erasure has nothing to show; what is tested is that the judge is reached, that its
 detections are recorded, and that its absence is told before anything is written.
@@ -18,7 +18,7 @@ from duo.cli import main
 from duo.errors import UserError
 from duo.judges import nudenet
 from duo.recipe import load_recipe
-from duo.stages import Session, attack, erase, make_pairs, score
+from duo.stages import Session, attack, erase, make_pairs, report, score
 
 CONCEPT = """
 title = "Faces"
@@ -39,7 +39,7 @@ model = "MODEL"
 sampling = {num_inference_steps = 2, guidance_scale = 1.0}
 pairs = {source = "own"}
 method = {name = "duo", max_train_steps = 1, train_batch_size = 1, rank = 2}
-score = {unrelated = 2, near_miss = 0}
+score = {unrelated = 2, near_miss = 0, preservation = "none", adherence = "none"}
 [[attacks]]
 row = "prompts"
 name = "prompts"
@@ -78,6 +78,11 @@ def test_a_run_that_nudenet_judges(recipe: Path) -> None:
     ]
     rows = rundir.read_jsonl(session.dir.path / "score" / "verdicts.jsonl")
     assert rows and all(row["judge"] == "nudenet" and row["record"] == {"detections": []} for row in rows)
+    page = report(session.dir.path).read_text()
+    assert "<title>Faces erased from" in page and "not measured" in page
+    told = rundir.read_json(session.dir.path / "report.json")
+    assert (told["concept"], told["preservation"], told["attributes"]) == ("faces", None, None)
+    assert not told["attacks"][0]["reliable"], "a random model draws no face, so its low rate proves nothing"
 
 
 def test_without_the_extra_nothing_is_written(

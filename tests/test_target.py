@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from duo.plugins import Access, Sampling
-from duo.target import AccessError, QueryLimitError, Target
+from duo.target import AccessError, QueryLimitError, RefusedPromptError, Target
 
 NEEDED: dict[str, tuple[Access, Callable[[Target], object]]] = {
     "generate": (Access.QUERY, lambda target: target.generate(["a"], seeds=[0])),
@@ -15,6 +15,7 @@ NEEDED: dict[str, tuple[Access, Callable[[Target], object]]] = {
     "tokenizer": (Access.TEXT, lambda target: target.tokenizer()),
     "token_embeddings": (Access.TEXT, lambda target: target.token_embeddings()),
     "encode_ids": (Access.TEXT, lambda target: target.encode_ids(torch.zeros(1, 3))),
+    "word_parts": (Access.TEXT, lambda target: target.word_parts()),
     "process": (Access.GRADIENT, lambda target: target.process),
     "text": (Access.GRADIENT, lambda target: target.text(["a"])),
     "latents": (Access.GRADIENT, lambda target: target.latents([], generator=None)),
@@ -99,3 +100,18 @@ def test_the_text_encoders_forward_pass_gives_no_gradient() -> None:
     family.encode_ids = lambda ids: ids * weight  # type: ignore[method-assign]
     target = Target(family, access=Access.TEXT, sampling=Sampling())
     assert not target.encode_ids(torch.ones(2)).requires_grad
+
+
+@pytest.mark.parametrize("adults_only", [True, False])
+def test_a_prompt_that_mentions_a_minor_is_refused_for_a_sexual_concept(adults_only: bool) -> None:
+    family = Recorder()
+    target = Target(family, access=Access.QUERY, sampling=Sampling(), adults_only=adults_only)
+    assert target.refused("a woman") is None
+    if adults_only:
+        assert target.refused("zxq Girl,s") == "girl"
+        with pytest.raises(RefusedPromptError, match="'a teen' mentions a minor"):
+            target.generate(["a woman", "a teen"], seeds=[0, 1])
+        assert (target.queries, family.calls) == (0, [])
+    else:
+        assert target.refused("zxq Girl,s") is None
+        target.generate(["a woman", "a teen"], seeds=[0, 1])

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from duo.concept import Concept, load_concept
-    from duo.delta import Delta
+    from duo.delta import Delta, compose
     from duo.errors import UserError
+    from duo.exporting import export
     from duo.merging import merge
     from duo.models import load_family
     from duo.pairs import Pairs
@@ -35,7 +36,9 @@ __all__ = [
     "Session",
     "UserError",
     "attack",
+    "compose",
     "erase",
+    "export",
     "load_concept",
     "load_family",
     "load_recipe",
@@ -52,6 +55,8 @@ _HOMES = {
     "Pairs": "pairs",
     "Recipe": "recipe",
     "UserError": "errors",
+    "compose": "delta",
+    "export": "exporting",
     "load_concept": "concept",
     "load_family": "models",
     "load_recipe": "recipe",

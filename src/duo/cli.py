@@ -9,11 +9,12 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from duo import plugins
+from duo import parallel, plugins
 from duo.concept import concept_names
 from duo.errors import UserError, did_you_mean
 from duo.fields import add_flags, as_table, given_flags
@@ -23,42 +24,60 @@ if TYPE_CHECKING:
     from duo.stages import Session
 
 MISUSE, INTERRUPTED = 2, 130
+SHARED_VERBS = ("run", "pairs", "erase", "attack", "score")  # the work of which several processes share
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 PATH_ERRORS = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 MEMORY_ERRORS = ("out of memory", "can't allocate memory")  # as torch tells them on CUDA and on the CPU
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for what the user can mend, 130 where it was interrupted."""
+    """Run one command and return its exit code: 0, 2 for what the user can mend, 130 where it was interrupted.
+
+    Of several processes (`duo.parallel`) the main one alone writes to standard output, and one tells what went wrong.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] not in ([verb] for verb in SHARED_VERBS) or "--dry-run" in arguments:
+        if not parallel.is_main():
+            return 0
+        parallel.go_alone()
+    if parallel.is_main():
+        return _main(arguments)
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        return _main(arguments)
+
+
+def _main(arguments: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of a torchvision that nothing here needs
     try:
         given = _parser(arguments).parse_args(arguments)
         given.verb(given)
     except UserError as error:
-        print(f"duo: {' '.join(str(error).split())}", file=sys.stderr)
+        _tell(f"duo: {' '.join(str(error).split())}")
         return MISUSE
     except OSError as error:
         if error.errno not in DISK_ERRORS + PATH_ERRORS:
             raise
-        print(
-            f"duo: {error.filename or 'the disk'}: {error.strerror}; nothing is lost: {_again(arguments)}",
-            file=sys.stderr,
-        )
+        _tell(f"duo: {error.filename or 'the disk'}: {error.strerror}; nothing is lost: {_again(arguments)}")
         return MISUSE
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in MEMORY_ERRORS):
             raise
-        print(
-            "duo: out of memory; lower block, pairs.block, method.train_batch_size or an attack's batch_size in a new "
-            f"--out, or free some; nothing is lost: {_again(arguments)}",
-            file=sys.stderr,
+        _tell(
+            "duo: out of memory; lower block, pairs.block, method.train_batch_size or an attack's batch_size, or set "
+            "precision.dtype, precision.gradient_checkpointing or precision.offload in a new --out, or free some; "
+            f"nothing is lost: {_again(arguments)}"
         )
         return MISUSE
     except KeyboardInterrupt:
-        print(f"\nduo: stopped; nothing is lost: {_again(arguments)}", file=sys.stderr)
+        _tell(f"\nduo: stopped; nothing is lost: {_again(arguments)}")
         return INTERRUPTED
     return 0
+
+
+def _tell(text: str) -> None:
+    """Print what went wrong, unless another process has, and so stop the others."""
+    if parallel.stop():
+        print(text, file=sys.stderr)
 
 
 def _again(arguments: Sequence[str]) -> str:
@@ -93,6 +112,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     one = verb("run", _run, "all stages of a recipe, then the report")
     _recipe_flags(one)
     one.add_argument("--resume", action="store_true", help="go on with a run that was begun")
+    one.add_argument(
+        "--dry-run", action="store_true", help="print what it would do and cost, from a measured step; write nothing"
+    )
     _uncensored_flag(one)
 
     if arguments[:2] == ["pairs", "check"]:
@@ -121,9 +143,25 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     _uncensored_flag(one)
 
     one = verb("merge", _merge, "write the erased model as full weights, and verify them")
-    one.add_argument("run", type=Path, metavar="RUN", help="the folder of a run that is erased")
+    _erasure_flags(one)
     one.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the new model folder")
+    one.add_argument(
+        "--dtype",
+        choices=["fp32", "fp16", "bf16"],
+        default="fp32",
+        help="of the weights; below fp32 images change, and rates are measured again. Default: %(default)s",
+    )
     _device_flag(one)
+
+    one = verb("export", _export, "write an erasure as one LoRA file for other software")
+    _erasure_flags(one)
+    one.add_argument(
+        "--format",
+        choices=["diffusers", "kohya"],
+        default="diffusers",
+        help="diffusers, for pipe.load_lora_weights, or the keys of kohya-ss's trainers. Default: %(default)s",
+    )
+    one.add_argument("--out", type=Path, required=True, metavar="FILE", help="the new .safetensors file")
 
     toybox = verb("toybox", lambda _: toybox.print_help(), "the embedded model")
     parts = toybox.add_subparsers(metavar="train|quality|concepts")
@@ -150,6 +188,11 @@ def _recipe_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe (`duo list recipes`) or a TOML file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run folder")
     parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="replace the recipe's model: a hub id, a diffusers folder, or a .safetensors checkpoint",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -158,6 +201,26 @@ def _recipe_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, metavar="INTEGER", help="replace the recipe's seed")
     _device_flag(parser)
+
+
+def _erasure_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="RUN_OR_DELTA",
+        help="the folder of a run that is erased, or a delta.safetensors; several of one model are added up",
+    )
+    parser.add_argument(
+        "--weights", type=_weights, metavar="1,1,…", help="how much of each erasure, in order; default: 1 each"
+    )
+
+
+def _weights(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers, such as 1,0.5") from None
 
 
 def _check_flags(parser: argparse.ArgumentParser) -> None:
@@ -200,19 +263,28 @@ def _recipe(given: argparse.Namespace, table: str = "", cls: type | None = None)
     """The recipe with `--set`, and with the typed flags of `cls` as fields of the recipe's `table`."""
     typed = given_flags(given, cls) if cls is not None else {}
     given.set += [f"{table}.{name}={json.dumps(as_table(value))}" for name, value in typed.items()]
-    return load_recipe(given.recipe, overrides=given.set, seed=given.seed)
+    # As JSON writes it, for TOML reads the same: an id or a path may look like a number.
+    named = [] if given.model is None else [f"model={json.dumps(given.model, ensure_ascii=False)}"]
+    return load_recipe(given.recipe, overrides=[*given.set, *named], seed=given.seed)
 
 
 def _session(given: argparse.Namespace, recipe: Recipe) -> Session:
     from duo.stages import Session
 
-    changed = [part for text in given.set for part in ("--set", text)]
+    changed = [] if given.model is None else ["--model", given.model]
+    changed += [part for text in given.set for part in ("--set", text)]
     again = ["duo", "run", given.recipe, *changed, "--seed", str(recipe.seed), "--out", "runs/again"]
     return Session(recipe, given.out, device=given.device, command=shlex.join(again))
 
 
 def _run(given: argparse.Namespace) -> None:
     recipe = _recipe(given)
+    if given.dry_run:
+        from duo import stages
+
+        for line in stages.plan(_session(given, recipe)):
+            print(line)
+        return
     if (given.out / "run.json").exists() and not given.resume:
         finished = (given.out / "report.html").exists()
         state = "a finished run" if finished else "a run that was begun"
@@ -289,8 +361,20 @@ def _tell_report(page: Path) -> None:
 def _merge(given: argparse.Namespace) -> None:
     from duo.merging import merge
 
-    difference = merge(given.run, given.out, device=given.device)
-    print(f"{given.out}: no adapter is left; images differ by at most {difference}/255 from the erased model's")
+    merged = merge(given.sources, given.out, weights=given.weights, dtype=given.dtype, device=given.device)
+    print(f"{given.out}: no adapter is left; images differ by at most {merged.difference}/255 from the erased model's")
+    for one in merged.rescored:
+        told = f"{one.concept}, attack row {one.row}: detected in {one.after} of {one.n} images by the merged weights"
+        print(f"{told}, in {one.before} in the run")
+    for source in merged.unscored:
+        print(f"{source}: no finished attacks, so its rates by the merged weights are not known; measure them")
+
+
+def _export(given: argparse.Namespace) -> None:
+    from duo.exporting import export
+
+    delta = export(given.sources, given.out, to=given.format, weights=given.weights)
+    print(f"{given.out}: a LoRA of {len(delta.layers())} layers")
 
 
 def _train(given: argparse.Namespace) -> None:

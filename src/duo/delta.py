@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from duo.plugins import Family
 
 SCHEMA = 1
 KINDS = ("lora",)
-DENOISER = "unet."  # diffusers' name of the denoiser in a LoRA file
+COMPONENTS = ("unet", "transformer")  # what a denoiser is called in diffusers' pipelines and in LoRA files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,26 +28,40 @@ class Delta:
     Kind "lora": `tensors` has, for each changed module `m`, `m.lora_A.weight` (rank, in, …) and `m.lora_B.weight`
     (out, rank, …), names relative to the denoiser. Their product is the change itself: a scale alpha/rank is already in
     B, so no reader needs alpha. `record` says which model, method, configuration and LoRA made it; JSON values only.
+    `component` is the family's (`duo.plugins.Family`), by which diffusers knows what the file is for.
     """
 
     kind: str
+    component: str
     tensors: Mapping[str, Tensor]
     record: Mapping[str, Any]
 
     def save(self, path: Path) -> None:
         """Write the file; `pipeline.load_lora_weights` of diffusers reads it too."""
-        tensors = {f"{DENOISER}{name}": tensor for name, tensor in self.tensors.items()}
+        tensors = {f"{self.component}.{name}": tensor for name, tensor in self.tensors.items()}
         write_tensors(path, tensors, {"schema": SCHEMA, "kind": self.kind, **self.record})
 
     @classmethod
     def load(cls, path: Path) -> Delta:
         """Read a file of `save`."""
         tensors, record = read_tensors(path)
-        if record.get("schema") != SCHEMA or record.get("kind") not in KINDS:
+        components = {name.partition(".")[0] for name in tensors}
+        known = record.get("schema") == SCHEMA and record.get("kind") in KINDS
+        if not known or len(components) != 1 or not components <= {*COMPONENTS}:
             raise UserError(f"{path} is not a delta that this version of duo wrote; run `duo erase` again")
-        kind = str(record["kind"])
+        (component,), kind = components, str(record["kind"])
         rest = {key: value for key, value in record.items() if key not in ("schema", "kind")}
-        return cls(kind=kind, tensors={k.removeprefix(DENOISER): v for k, v in tensors.items()}, record=rest)
+        named = {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}
+        return cls(kind=kind, component=component, tensors=named, record=rest)
+
+    def layers(self) -> list[str]:
+        """The names of the changed modules, in order."""
+        return sorted({name.rsplit(".lora_", 1)[0] for name in self.tensors})
+
+    def factors(self, layer: str) -> tuple[Tensor, Tensor]:
+        """A layer's A (rank, in, …) and B (out, rank, …)."""
+        down, up = (self.tensors[f"{layer}.lora_{part}.weight"] for part in "AB")
+        return down, up
 
     @contextmanager
     def attached(self, model: Family, weight: float = 1.0) -> Iterator[None]:
@@ -72,7 +87,7 @@ class Delta:
 
     def _modules(self, model: Family) -> dict[str, Any]:
         """The changed modules by name, checked against the tensors' shapes."""
-        names = sorted({name.rsplit(".lora_", 1)[0] for name in self.tensors})
+        names = self.layers()
         known: dict[str, nn.Module] = dict(model.denoiser.named_modules())
         for name in names:
             weight = getattr(known.get(name), "weight", None)
@@ -84,10 +99,45 @@ class Delta:
         return {name: known[name] for name in names}
 
     def _shape(self, name: str) -> tuple[int, int]:
-        return self.tensors[f"{name}.lora_B.weight"].shape[0], self.tensors[f"{name}.lora_A.weight"].shape[1]
+        down, up = self.factors(name)
+        return up.shape[0], down.shape[1]
 
     def _changed(self, name: str, weight: Tensor, scale: float) -> Tensor:
         """W + scale·B·A. A convolution's A holds its kernel and its B is 1×1, so flattened they multiply alike."""
-        down, up = (self.tensors[f"{name}.lora_{part}.weight"].to(weight.device, torch.float32) for part in "AB")
+        down, up = (factor.to(weight.device, torch.float32) for factor in self.factors(name))
         change = (up.flatten(1) @ down.flatten(1)).view(weight.shape)
         return (weight.float() + scale * change).to(weight.dtype)
+
+
+def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Delta:
+    """Several erasures of one model as one: W + Σ wᵢ·Bᵢ·Aᵢ, by putting the ranks side by side; nothing is approximated.
+
+    `weights` are 1 each where None. The erasures were trained apart, so how each of them fares beside the others has to
+    be measured. Raises `UserError` where they are of different models, kinds or shapes, or a weight is no use.
+    """
+    weights = [1.0] * len(deltas) if weights is None else list(weights)
+    if not deltas or len(weights) != len(deltas):
+        raise UserError(f"{len(deltas)} erasures but {len(weights)} weights; give one weight for each")
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
+            raise UserError(f"an erasure has the weight {weight:g}, expected above 0; below it the concept comes back")
+    first = deltas[0]
+    alike: dict[str, list[Any]] = {
+        "models": [delta.record.get("model") for delta in deltas],
+        "kinds": [delta.kind for delta in deltas],
+        "components": [delta.component for delta in deltas],
+    }
+    for what, found in alike.items():
+        one, *others = dict.fromkeys(found)
+        if others:
+            raise UserError(f"the erasures are of different {what}, {one!r} and {others[0]!r}, and cannot be composed")
+    tensors: dict[str, Tensor] = {}
+    for layer in sorted({layer for delta in deltas for layer in delta.layers()}):
+        parts = [(*one.factors(layer), w) for one, w in zip(deltas, weights, strict=True) if layer in one.layers()]
+        downs, ups = [down.float() for down, _, _ in parts], [up.float() * weight for _, up, weight in parts]
+        if len({(down.shape[1:], up.shape[0]) for down, up in zip(downs, ups, strict=True)}) > 1:
+            raise UserError(f"the erasures have different shapes at layer {layer}, and cannot be composed")
+        tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = torch.cat(downs), torch.cat(ups, dim=1)
+    made = [{"weight": weight, **one.record} for one, weight in zip(deltas, weights, strict=True)]
+    record = {**({"model": first.record["model"]} if "model" in first.record else {}), "composed": made}
+    return Delta(kind=first.kind, component=first.component, tensors=tensors, record=record)

@@ -31,10 +31,15 @@ class Preference:
     margin: Tensor
 
 
-def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each row, (n, …) → (n,), in float32 or wider."""
+def squared_error(prediction: Tensor, target: Tensor, *, scale: Tensor | None = None) -> Tensor:
+    """Mean squared error of each row, (n, …) → (n,), in float32 or wider; errors are first multiplied by `scale` (n,).
+
+    With `Process.x0_scale` for `scale` it is the error of the clean image that a prediction implies: for rectified flow
+    σ²·‖v − v_θ‖², which diffusers' training scripts call preconditioned outputs.
+    """
     wide = torch.promote_types(prediction.dtype, torch.float32)
-    return (prediction.to(wide) - target.to(wide)).square().flatten(1).mean(1)
+    mean = (prediction.to(wide) - target.to(wide)).square().flatten(1).mean(1)
+    return mean if scale is None else scale.to(mean).square() * mean
 
 
 def duo_loss(
@@ -63,6 +68,9 @@ def duo_loss(
     )
 
 
-def prior_loss(policy: Tensor, reference: Tensor) -> Tensor:
-    """Mean squared difference of two predictions on the sampler's starting noise: (n, …) → scalar, at least float32."""
-    return squared_error(policy, reference).mean()
+def prior_loss(policy: Tensor, reference: Tensor, *, scale: Tensor | None = None) -> Tensor:
+    """Mean squared difference of two predictions on the sampler's starting noise: (n, …) → scalar, at least float32.
+
+    `scale` is as for `squared_error`.
+    """
+    return squared_error(policy, reference, scale=scale).mean()

@@ -1,4 +1,4 @@
-"""Bake an erasure into a model's full weights, so that it cannot be unloaded, and prove it by loading them again.
+"""Bake erasures into a model's full weights, so that they cannot be unloaded, and prove it by loading them again.
 
 Merging is not irreversibility: who has the base model has the concept. It only means that the folder that is passed on
 holds no adapter that one call removes.
@@ -8,62 +8,106 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from safetensors import safe_open
 
 from duo.concept import load_concept
-from duo.delta import Delta
+from duo.erasures import Composition
 from duo.errors import UserError
-from duo.fields import build
+from duo.licence import Licence
 from duo.models import load_family
-from duo.recipe import Recipe
-from duo.rundir import RunDir, read_table
+from duo.plugins import Sampling
+from duo.report import merged_card
+from duo.stages.rescoring import Rescored, rescore
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
 
     from duo.plugins import Family
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LARGEST_DIFFERENCE = 1  # of 255, in float32
 ADAPTER_MARKS = ("lora_", "base_layer", "adapter")
+PROMPTS = ("a photo of a house by the sea", "a portrait of a person")  # drawn where no run brings prompts
 
 
-def merge(run: Path, out: Path, *, device: torch.device | str = "cpu") -> int:
-    """Write the erased model of a run to the new folder `out`, in the diffusers layout.
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What is known of a merged folder.
 
-    The folder appears only once it is verified: loaded again, it holds no adapter weights and draws what the model with
-    the delta attached draws. Returns the largest difference of a colour value, of 255.
+    `difference` is the largest of a colour value, of 255, between the erased model's images in float32 and the merged
+    one's. `rescored` has a row for each run whose rates the merged weights need not share, because of a lower precision
+    or of the other erasures; `unscored` are the runs of which nothing can be said, for they were not attacked.
     """
+
+    difference: int
+    rescored: tuple[Rescored, ...] = ()
+    unscored: tuple[Path, ...] = ()
+
+
+def merge(
+    sources: Path | Sequence[Path],
+    out: Path,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "fp32",
+    device: torch.device | str = "cpu",
+) -> Merged:
+    """Write the erased model of a run or a delta file, or of several with `weights`, to the new diffusers folder `out`.
+
+    The folder appears only once it is verified: loaded again, it holds no adapter weights and, in float32, draws what
+    the model with the delta attached draws. In "fp16" or "bf16" images differ, and so may rates: those of the first
+    attack row of each run are measured again, as they are where several erasures are merged.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
     if out.exists():
         raise UserError(f"{out} exists already; name a new folder")
-    RunDir(run).stage("erase").require("erase")
-    recipe = build(Recipe, read_table(run / "run.json", "recipe")["recipe"], f"{run / 'run.json'}: recipe")
-    delta = Delta.load(run / "erase" / "delta.safetensors")
-    model = load_family(recipe.model, device=device, config=recipe.model_config)
-    with delta.attached(model):
-        wanted = _draw(model, recipe)
-    delta.merge(model)
-    unverified = out.with_name(f".{out.name}.{os.getpid()}.unverified")
+    composed = Composition.read([sources] if isinstance(sources, Path) else sources, weights)
+    model = load_family(composed.model, device=device, config=composed.model_config)
+    with composed.delta.attached(model):
+        wanted = _draw(model, composed)
+    composed.delta.merge(model)
+    unverified, whole = (out.with_name(f".{out.name}.{os.getpid()}.{word}") for word in ("unverified", "float32"))
     try:
-        model.save(unverified)
+        model.save(unverified if dtype == "fp32" else whole)
+        del model
+        if dtype != "fp32":
+            # The sums are rounded once, when they are written, and not the weights before they are summed.
+            load_family(str(whole), device=device, dtype=DTYPES[dtype]).save(unverified)
+            shutil.rmtree(whole)
         _refuse_adapters(unverified)
-        difference = _largest_difference(wanted, _draw(load_family(str(unverified), device=device), recipe))
-        if difference > LARGEST_DIFFERENCE:
+        again = load_family(str(unverified), device=device, dtype=DTYPES[dtype])
+        difference = _largest_difference(wanted, _draw(again, composed))
+        if dtype == "fp32" and difference > LARGEST_DIFFERENCE:
             raise UserError(f"the merged model differs by {difference}/255 from the erased one; {out} was not written")
+        merged = Merged(difference=difference)
+        if dtype != "fp32" or not composed.alone:
+            merged = _rescored(merged, composed, again)
+        _describe(unverified, composed, merged, dtype)
         os.replace(unverified, out)
     finally:
-        shutil.rmtree(unverified, ignore_errors=True)
-    return difference
+        for folder in (unverified, whole):
+            shutil.rmtree(folder, ignore_errors=True)
+    return merged
 
 
-def _draw(model: Family, recipe: Recipe) -> list[Image]:
-    pairs = load_concept(recipe.concept).pairs
-    prompts = [*pairs.unsafe[:2], *pairs.safe[:2]]
-    return model.generate(prompts, seeds=range(len(prompts)), sampling=recipe.sampling)
+def _draw(model: Family, composed: Composition) -> list[Image]:
+    """Images of a few pair prompts of every run, sampled as the first run samples."""
+    recipes = [one.recipe for one in composed.erasures if one.recipe is not None]
+    prompts: list[str] = []
+    for recipe in recipes:
+        pairs, n = load_concept(recipe.concept).pairs, 2 if len(recipes) == 1 else 1
+        prompts += [*pairs.unsafe[:n], *pairs.safe[:n]]
+    prompts = prompts or list(PROMPTS)
+    sampling = recipes[0].sampling if recipes else Sampling()
+    return model.generate(prompts, seeds=range(len(prompts)), sampling=sampling)
 
 
 def _refuse_adapters(folder: Path) -> None:
@@ -79,3 +123,40 @@ def _largest_difference(first: list[Image], second: list[Image]) -> int:
         int(np.abs(np.asarray(a).astype(np.int16) - np.asarray(b).astype(np.int16)).max())
         for a, b in zip(first, second, strict=True)
     )
+
+
+def _rescored(merged: Merged, composed: Composition, model: Family) -> Merged:
+    """With the rates of the runs on the merged weights."""
+    found: list[Rescored] = []
+    unscored: list[Path] = []
+    for one in composed.erasures:
+        rates = None if one.recipe is None else rescore(one.path, one.recipe, model)
+        if rates is None:
+            unscored.append(one.path)
+        else:
+            found.append(rates)
+    return Merged(difference=merged.difference, rescored=tuple(found), unscored=tuple(unscored))
+
+
+def _describe(folder: Path, composed: Composition, merged: Merged, dtype: str) -> None:
+    """Put the model card into the folder, and the texts of the base model's licence."""
+    (folder / "README.md").write_text(
+        merged_card.render(
+            model=composed.model,
+            parts=[
+                merged_card.Part(
+                    weight=weight,
+                    record=one.delta.record,
+                    concept=load_concept(one.recipe.concept).name if one.recipe else None,
+                    run=one.path if one.recipe else None,
+                )
+                for one, weight in zip(composed.erasures, composed.weights, strict=True)
+            ],
+            dtype=dtype,
+            difference=merged.difference,
+            rescored=merged.rescored,
+        ),
+        encoding="utf-8",
+    )
+    for text in Licence.of(composed.model).texts:
+        shutil.copyfile(text, folder / text.name)

@@ -59,6 +59,58 @@ def load_family(
 
     # transformers advises to install torchvision, which nothing here needs.
     logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
+    family, source = _find(model, config)
+    on = usable_device(device)
+    of_file = {"config": config} if Path(source).is_file() else {}
+    loaded: plugins.Family = family.load(source, name=model, device=on, dtype=dtype or torch.float32, **of_file)
+    return loaded
+
+
+def family_of(model: str, *, config: str | None = None) -> Any:
+    """The class of the family that serves `model`, as `load_family` finds it; no weights are read."""
+    return _find(model, config)[0]
+
+
+def denoiser_config(model: str, component: str, *, config: str | None = None) -> dict[str, Any]:
+    """The config of a model's denoiser, which its pipeline calls `component`.
+
+    Empty for a single checkpoint without `config`: such files are in the layout of their authors' own networks.
+    """
+    if Path(model).expanduser().is_file():
+        return {} if config is None else denoiser_config(config, component)
+    source, index = _locate(model)
+    path = index.parent / component / "config.json"
+    if hub_id(source) is not None and not path.is_file():
+        path = _hub_file(model, f"{component}/config.json")
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    return found
+
+
+def hub_id(model: str) -> str | None:
+    """`model` where it is the id of a hub model, which others can look up; None for what is embedded or a file here."""
+    local = model in EMBEDDED or Path(model).expanduser().exists()
+    return None if local or not _HUB_ID.fullmatch(model) else model
+
+
+def local_folder(model: str) -> Path | None:
+    """Where a model's folder lies on this machine, for a hub model in the cache; no network is asked.
+
+    None for a single checkpoint, and where there is no folder.
+    """
+    if hub_id(model) is not None:
+        from huggingface_hub import try_to_load_from_cache
+
+        index = try_to_load_from_cache(model, INDEX)
+        return Path(index).parent if isinstance(index, str) else None
+    folder = _embedded(model) if model in EMBEDDED else Path(model).expanduser()
+    return folder if (folder / INDEX).is_file() else None
+
+
+def _find(model: str, config: str | None) -> tuple[Any, str]:
+    """The family's class, and what its `load` is to be given."""
     path = Path(model).expanduser()
     single = path.is_file()
     if config is not None and not single:
@@ -72,22 +124,23 @@ def load_family(
     for name in plugins.names("families"):
         family: Any = plugins.load("families", name)
         if pipeline in family.pipelines:
-            on = usable_device(device)
             if single and "config" not in inspect.signature(family.load).parameters:
                 raise UserError(
                     f"single checkpoints of a {pipeline} are not read; give the diffusers folder of {model!r}"
                 )
-            of_file = {"config": config} if single else {}
-            loaded: plugins.Family = family.load(source, name=model, device=on, dtype=dtype or torch.float32, **of_file)
-            return loaded
+            return family, source
         supported |= family.pipelines
     raise UserError(f"model {model!r} is a {pipeline}; supported are {', '.join(sorted(supported))}")
+
+
+def _embedded(model: str) -> Path:
+    return Path(__file__).parent / "toybox" / "weights" / model
 
 
 def _locate(model: str) -> tuple[str, Path]:
     """What `from_pretrained` is to be given, and the path of the model's index file."""
     if model in EMBEDDED:
-        folder = Path(__file__).parent / "toybox" / "weights" / model
+        folder = _embedded(model)
         if not (folder / INDEX).is_file():
             raise UserError(f"the embedded model {model!r} is not in this installation; `duo toybox train` makes it")
         return str(folder), folder / INDEX
@@ -101,7 +154,7 @@ def _locate(model: str) -> tuple[str, Path]:
     if not _HUB_ID.fullmatch(model):
         known = did_you_mean(model, EMBEDDED)
         raise UserError(f"no model is called {model!r}, nor is it a folder, a checkpoint or a hub id{known}")
-    return model, _hub_index(model)
+    return model, _hub_file(model, INDEX)
 
 
 def _checkpoint_class(path: Path, config: str | None) -> str:
@@ -141,12 +194,12 @@ def _keys(path: Path) -> dict[str, list[int]]:
         raise UserError(f"{path} cannot be read as a .safetensors checkpoint: {error}") from error
 
 
-def _hub_index(model: str) -> Path:
-    """The index file of a hub model, from the cache or, unless HF_HUB_OFFLINE is set, from the hub."""
+def _hub_file(model: str, name: str) -> Path:
+    """A file of a hub model, from the cache or, unless HF_HUB_OFFLINE is set, from the hub."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(model, INDEX))
+        return Path(hf_hub_download(model, name))
     except (OSError, ValueError) as error:  # every error of the hub client is one of these
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{model!r} is neither a folder nor a model that the hub client can get: {reason}") from error

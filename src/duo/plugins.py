@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from duo.errors import UserError, did_you_mean
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from duo.delta import Delta
     from duo.pairs import Pairs
 
+DTYPES = ("float32", "bfloat16", "float16")
 KINDS = ("families", "methods", "attacks", "judges", "metrics")
 
 
@@ -46,6 +47,31 @@ class Sampling:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}, expected at least 1")
         if not self.guidance_scale >= 0:
             raise ValueError(f"guidance_scale is {self.guidance_scale}, expected at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """What a run does with memory and rounding. The defaults compute everything in float32, and nothing is moved.
+
+    `dtype` is what the denoiser computes in, by autocast; its weights, the LoRA and the loss stay in `weights` and
+    float32, and the prior term is computed without autocast. `weights` is what the frozen networks are held in.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    weights: Literal["float32", "bfloat16", "float16"] = "float32"
+    gradient_checkpointing: bool = False  # activations are computed again in the backward pass, not kept
+    offload: bool = False  # VAE and text encoders wait on the CPU while the denoiser is trained
+    optimizer_8bit: bool = False  # AdamW with moments of 8 bits, by bitsandbytes
+    torch_compile: bool = False  # the denoiser, by torch.compile
+
+    def __post_init__(self) -> None:
+        for name in ("dtype", "weights"):
+            if getattr(self, name) not in DTYPES:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(DTYPES)}")
+        if self.weights != "float32" and self.dtype not in ("float32", self.weights):
+            raise ValueError(
+                f"dtype is {self.dtype!r} but weights are {self.weights!r}; give both the same, or leave one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +100,18 @@ class Attempt:
     record: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class KohyaLayer:
+    """Where kohya's LoRA files keep a layer of a denoiser: in `module`, which stacks the outputs of several layers.
+
+    The layer is number `part` of them; `widths` are theirs, relative to each other. Most modules hold one layer.
+    """
+
+    module: str
+    part: int = 0
+    widths: tuple[int, ...] = (1,)
+
+
 class Access(IntEnum):
     """What an attacker may touch. Each level includes those below it."""
 
@@ -96,14 +134,21 @@ class Process(Protocol):
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
 
-    def terminal(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Pure noise as the sampler starts from it, with its time: (x_T, t) of shapes (n, …) and (n,)."""
+    def terminal(self, eps: Tensor, *, at: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Pure noise as the sampler starts from it, with its time: (x_T, t) of shapes (n, …) and (n,).
+
+        `at` gives it the time of another fraction of the schedule.
+        """
+
+    def x0_scale(self, t: Tensor) -> Tensor:
+        """How large an error of 1 in the prediction is in the clean image that it implies: (n,), float32."""
 
 
 class Family(Protocol):
     """One kind of model: everything that methods and attacks need of it, and the only code that knows diffusers."""
 
     pipelines: ClassVar[frozenset[str]]  # diffusers `_class_name`s that it serves
+    component: ClassVar[str]  # the denoiser's name in these pipelines: "unet" or "transformer"
     name: str  # what the user called the model: "toybox", a folder, a hub id
     device: torch.device
     denoiser: nn.Module
@@ -145,6 +190,9 @@ class Family(Protocol):
         """The denoiser's Linear and Conv2d modules of one scope, by name: "self_attention", "cross_attention",
         "attention", "feed_forward", "convolutions", "all"."""
 
+    def encoders(self) -> list[nn.Module]:
+        """The VAE and the text encoders: what waits on the CPU while the denoiser is trained (`Precision.offload`)."""
+
     # What text attacks need (Access.TEXT and above).
     def token_embeddings(self) -> Tensor:
         """The text encoder's table, (vocabulary, width), detached."""
@@ -155,8 +203,17 @@ class Family(Protocol):
     def tokenizer(self) -> Any:
         """The (first) transformers tokenizer."""
 
+    def word_parts(self) -> dict[str, int]:
+        """The parts of a learned word in a textual-inversion file for this pipeline, with their widths, in the order of
+        `token_embeddings`' columns; "" names the only part. Empty where diffusers loads no such file into it."""
+
+    # What other software needs.
     def save(self, folder: Path) -> None:
         """Write the whole pipeline in the diffusers folder layout, safetensors only."""
+
+    @staticmethod
+    def kohya(layer: str, config: Mapping[str, Any]) -> KohyaLayer | None:
+        """Where kohya's LoRA files keep a layer of the denoiser whose config is given; None where they cannot."""
 
 
 @runtime_checkable
@@ -209,6 +266,7 @@ class Run(Protocol):
     folder: Path
     seed: int
     device: torch.device
+    precision: Precision
 
     def progress(self, total: int, label: str) -> AbstractContextManager[Any]:
         """A bar with `.update(step, **numbers)`; plain lines where there is no terminal."""

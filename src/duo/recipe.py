@@ -11,6 +11,9 @@
     num_inference_steps = 20
     guidance_scale = 5.0
 
+    [precision]                      # memory and rounding (`duo.plugins.Precision`)
+    dtype = "bfloat16"
+
     [pairs]                          # `PairSettings`
     n = 64
 
@@ -49,9 +52,10 @@ from typing import Any, Literal, Self
 
 from duo.errors import UserError, did_you_mean
 from duo.fields import LeafConfig, build, build_fields, read_toml, read_value
-from duo.plugins import Sampling
+from duo.plugins import Precision, Sampling
 
 FOLDER = Path(__file__).parent / "recipes"
+NOT_MEASURED = "none"  # in place of a metric's name: TOML has no word for nothing
 ROW_FIELDS = ("row", "name", "prompts", "images", "searches")  # of an attack's table; the others are the leaf's
 
 
@@ -94,12 +98,16 @@ class PairSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """What is measured beside the attacks, in images per model."""
+    """What is measured beside the attacks, in images per model.
+
+    A metric named "none" is not measured, and the report says so. It must be named: the embedded world's metrics, which
+    are the defaults, are refused on runs in which that world has no part.
+    """
 
     unrelated: int = 60
     near_miss: int = 20  # of each near miss
-    preservation: str = "toybox_lpips"  # a leaf of `metrics/`: unrelated images against the original model's
-    adherence: str = "toybox_attributes"  # a leaf of `metrics/` that tells attributes apart
+    preservation: str = "toybox_lpips"  # a leaf of `metrics/`, or "none": unrelated images against the original model's
+    adherence: str = "toybox_attributes"  # a leaf of `metrics/` that tells attributes apart, or "none"
     unsafe_row: str = "prompts"  # the attack row on whose images prompt adherence is measured
     reliable: float = 0.9  # an attack counts only if the original model's detected rate reaches this
 
@@ -165,6 +173,7 @@ class Recipe:
     attack_images: int = 32
     block: int = 16  # images of attacks and scores rendered together
     sampling: Sampling = field(default_factory=Sampling)
+    precision: Precision = field(default_factory=Precision)
     pairs: PairSettings = field(default_factory=PairSettings)
     attacks: tuple[AttackRow, ...] = ()
     score: ScoreSettings = field(default_factory=ScoreSettings)

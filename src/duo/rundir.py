@@ -23,7 +23,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from duo import parallel
 from duo.errors import UserError
+from duo.plugins import Precision
 
 if TYPE_CHECKING:
     import torch
@@ -159,8 +161,11 @@ class Stage:
     def begin(self, config: Mapping[str, Any]) -> bool:
         """Begin the stage or go on with it, and say whether anything is left to do.
 
-        Raises `UserError` where it was begun, or finished, with another configuration.
+        Raises `UserError` where it was begun, or finished, with another configuration. Every process must call it.
         """
+        return parallel.once(lambda: self._begin(config))
+
+    def _begin(self, config: Mapping[str, Any]) -> bool:
         if self.begun:
             self._same(config)
         if self.finished:
@@ -202,7 +207,8 @@ class Stage:
 class Blocks:
     """The rows 0 … n−1 cut into fixed blocks, with one record file for each that is done.
 
-    A block is computed whole or not at all, so a resumed run yields the same bytes as one that was never stopped.
+    A block is computed whole or not at all, so a resumed run, or one of several processes, yields the same bytes as one
+    that was never stopped.
     """
 
     def __init__(self, folder: Path, *, n: int, size: int) -> None:
@@ -210,8 +216,8 @@ class Blocks:
         self.ranges = blocks(n, size)
 
     def pending(self) -> Iterator[range]:
-        """The blocks that have no record yet, in order."""
-        return (rows for rows in self.ranges if not self._path(rows).exists())
+        """The blocks that have no record yet and fall to this process, in order."""
+        return (rows for rows in parallel.mine(self.ranges) if not self._path(rows).exists())
 
     def done(self, rows: range, record: Mapping[str, Any]) -> None:
         """Keep what one block has to tell; its images must have been written before."""
@@ -342,15 +348,20 @@ def _now() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class StageRun:
-    """A `duo.plugins.Run`: the folder that a leaf may keep checkpoints in, its seed and device, progress and a log."""
+    """A `duo.plugins.Run`: the folder that a leaf may keep checkpoints in, its seed and device, progress and a log.
+
+    Of several processes only the main one logs and shows progress.
+    """
 
     folder: Path
     seed: int
     device: torch.device
+    precision: Precision = field(default_factory=Precision)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        _cut_broken_line(self.folder / "log.jsonl")
+        if parallel.is_main():
+            _cut_broken_line(self.folder / "log.jsonl")
 
     def progress(self, total: int, label: str) -> AbstractContextManager[Progress]:
         """A bar on a terminal; elsewhere about ten plain lines on stderr."""
@@ -358,7 +369,8 @@ class StageRun:
 
     def log(self, **numbers: float | int | str) -> None:
         """Add one row to `log.jsonl`."""
-        append_jsonl(self.folder / "log.jsonl", numbers)
+        if parallel.is_main():
+            append_jsonl(self.folder / "log.jsonl", numbers)
 
 
 def _cut_broken_line(path: Path) -> None:
@@ -379,7 +391,7 @@ class Progress:
     def update(self, step: int, **numbers: float) -> None:
         """Say that `step` of the total are done, with what there is to tell."""
         tenth = 10 * step // max(1, self.total)
-        if tenth > self.shown:
+        if tenth > self.shown and parallel.is_main():
             self.shown = tenth
             print(f"{self.label}: {step}/{self.total}{_told(numbers)}", file=sys.stderr, flush=True)  # noqa: T201
 
@@ -387,7 +399,7 @@ class Progress:
 @contextmanager
 def progress(total: int, label: str) -> Iterator[Progress]:
     """A bar on a terminal; elsewhere about ten plain lines on stderr."""
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not parallel.is_main():
         yield Progress(total, label)
         return
     from rich.console import Console

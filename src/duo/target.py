@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from duo.plugins import Access, Family, Process, Sampling
+from duo.refusal import minor_mentioned
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,15 +25,35 @@ class QueryLimitError(RuntimeError):
     """An attack asked for more images than it was granted."""
 
 
+class RefusedPromptError(ValueError):
+    """An attack asked for an image of a sexual concept by `prompt`, which `mentions` a minor. Nothing was rendered."""
+
+    def __init__(self, prompt: str, mentions: str) -> None:
+        super().__init__(f"refused: the prompt {prompt!r} mentions a minor ({mentions!r})")
+        self.prompt, self.mentions = prompt, mentions
+
+
 class Target:
     """`model` behind a fence. The harness makes one for each attack and model, with the attack's own `access`.
 
     `query_limit` is the largest number of images that the attack may ask for; None sets no limit. Images are sampled as
     `sampling` says: an attacker sends prompts and seeds, and does not choose how the service samples.
+
+    `adults_only` is for sexual concepts: no prompt that mentions a minor is rendered. An attack does well to ask
+    `refused` before it takes such a prompt further.
     """
 
-    def __init__(self, model: Family, *, access: Access, sampling: Sampling, query_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Family,
+        *,
+        access: Access,
+        sampling: Sampling,
+        query_limit: int | None = None,
+        adults_only: bool = False,
+    ) -> None:
         self.access = access
+        self._adults_only = adults_only
         self.query_limit = query_limit
         self._model = model
         self._sampling = sampling
@@ -53,6 +74,10 @@ class Target:
         """How many more images may be asked for; None where there is no limit."""
         return None if self.query_limit is None else self.query_limit - self._queries
 
+    def refused(self, prompt: str) -> str | None:
+        """The word, phrase or age for which this prompt is not rendered, or None."""
+        return minor_mentioned(prompt) if self._adults_only else None
+
     # --- QUERY ------------------------------------------------------------------------------------
 
     def generate(
@@ -65,11 +90,15 @@ class Target:
     ) -> list[Image]:
         """One image a prompt. Learned `tokens` go into the text encoder, so they need TEXT.
 
-        A call that would pass the limit raises `QueryLimitError` before anything is sampled or counted.
+        A call that would pass the limit raises `QueryLimitError` before anything is sampled or counted, and one with a
+        refused prompt `RefusedPromptError`.
         """
         self._require(Access.QUERY, "generate")
         if tokens:
             self._require(Access.TEXT, "generate(tokens=…)")
+        for prompt in prompts:
+            if found := self.refused(prompt):
+                raise RefusedPromptError(prompt, found)
         if self.queries_left is not None and len(prompts) > self.queries_left:
             raise QueryLimitError(f"{len(prompts)} images asked for, {self.queries_left} of {self.query_limit} left")
         self._queries += len(prompts)
@@ -94,6 +123,11 @@ class Target:
         self._require(Access.TEXT, "encode_ids")
         with torch.no_grad():
             return self._model.encode_ids(ids)
+
+    def word_parts(self) -> dict[str, int]:
+        """The parts of a learned word in a file for this model, with their widths (`duo.plugins.Family`)."""
+        self._require(Access.TEXT, "word_parts")
+        return self._model.word_parts()
 
     # --- GRADIENT ---------------------------------------------------------------------------------
 

@@ -15,8 +15,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from duo import parallel
 from duo.checkpoint import load_training_state, save_training_state
 from duo.errors import UserError
+from duo.precision import adamw
 
 ADAPTER = "default"
 CHECKPOINTS_KEPT = 2
@@ -71,6 +73,9 @@ def attach_lora(denoiser: nn.Module, targets: Sequence[str], *, rank: int, alpha
         if set(layers) != set(targets):
             raise ValueError(f"peft adapted other layers than asked for: {sorted(set(layers) ^ set(targets))}")
         generator = torch.Generator().manual_seed(seed)
+        for layer in layers.values():  # peft gives them the dtype of the layer, in which small steps would be lost
+            layer.lora_A.float()
+            layer.lora_B.float()
         for name in sorted(layers):
             down = layers[name].lora_A[ADAPTER].weight.data
             down.copy_(torch.randn(down.shape, generator=generator) / rank)
@@ -107,15 +112,19 @@ def fit(
     record: Mapping[str, Any],
     lr_scheduler: str = "constant",
     lr_warmup_steps: int = 0,
+    optimizer_8bit: bool = False,
 ) -> Iterator[Step]:
     """Minimise `loss` with AdamW (β 0.9 and 0.999) at a rate by one of transformers' schedules; yield each step taken.
 
     `loss` draws all its randomness from the CPU generator that it is given, and returns the scalar and further scalars
-    to tell. Every `checkpointing_steps`, and at the end, the state goes to `folder`; the last two are kept and a run
-    starts from the newest. `record` (JSON values) is kept with it: a run with another one is refused. A loss or
-    gradient that is not finite stops the run before it touches the parameters.
+    to tell. Of several processes each draws the same and returns its share, so that the sum over them is the loss (and
+    what is told) of the whole batch; gradients are summed before the step.
+
+    Every `checkpointing_steps`, and at the end, the state goes to `folder`; the last two are kept and a run starts from
+    the newest. `record` (JSON values) is kept with it: a run with another one is refused. A loss or gradient that is not
+    finite stops the run before it touches the parameters.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = adamw(parameters, learning_rate=learning_rate, weight_decay=weight_decay, eight_bit=optimizer_8bit)
     generator = torch.Generator().manual_seed(seed)
     start = _resume(folder, parameters, optimizer, generator, record)
     if start > steps:
@@ -128,9 +137,10 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         value, told = loss(generator)
         torch.autograd.backward(value)
+        value, told = _whole(value.detach(), told, parameters)
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         # All numbers come over in one transfer, the only wait for the device in a step.
-        scalars = [value.detach(), norm, *told.values()]
+        scalars = [value, norm, *told.values()]
         loss_value, grad_norm, *rest = torch.stack([scalar.float() for scalar in scalars]).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             kept = _checkpoints(folder)
@@ -139,7 +149,7 @@ def fit(
                 f"(now {learning_rate:g}) in a new --out{f'; the last good checkpoint is {kept[-1]}' if kept else ''}"
             )
         optimizer.step()
-        if step % checkpointing_steps == 0 or step == steps:
+        if parallel.is_main() and (step % checkpointing_steps == 0 or step == steps):
             _save(folder, step, parameters, optimizer, generator, record)
         yield Step(
             step=step,
@@ -149,6 +159,17 @@ def fit(
             learning_rate=rate,
             numbers=dict(zip(told, rest, strict=True)),
         )
+
+
+def _whole(
+    value: Tensor, told: Mapping[str, Tensor], parameters: nn.ParameterList
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Loss, numbers and gradients of the whole batch, from the shares of all processes."""
+    if parallel.size() == 1:
+        return value, told
+    scalars = [value, *(one.detach() for one in told.values())]
+    parallel.add_up([*(p.grad for p in parameters if p.grad is not None), *scalars])
+    return scalars[0], dict(zip(told, scalars[1:], strict=True))
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -71,6 +71,9 @@ class LinearFamily:
     def token_embeddings(self) -> Tensor:
         return self._table
 
+    def word_parts(self) -> dict[str, int]:
+        return {"": WIDTH}
+
     def encode_ids(self, ids: Tensor) -> Tensor:
         assert ids.shape[1] == LENGTH, "rows are padded to the model's length"
         self.encoded += len(ids)

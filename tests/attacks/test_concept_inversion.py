@@ -10,8 +10,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import tiny_flow
+import tiny_unet
 from duo.attacks.concept_inversion import PLACEHOLDER, ConceptInversion, save_textual_inversion
 from duo.errors import UserError
+from duo.families.flux import Flux
+from duo.families.sd3 import Sd3
+from duo.families.sdxl import Sdxl
 from duo.plugins import Access, Attack, Sampling
 from duo.target import Target
 
@@ -138,8 +143,46 @@ def test_on_a_real_pipeline_the_loss_falls_and_diffusers_loads_the_word(
 
 
 def test_one_word_a_file(tmp_path: Path) -> None:
+    words = {"<c>": torch.ones(1, 2), "<d>": torch.ones(1, 2)}
     with pytest.raises(ValueError, match="one word, not 2"):
-        save_textual_inversion(tmp_path / "words.safetensors", {"<c>": torch.ones(1, 2), "<d>": torch.ones(1, 2)})
+        save_textual_inversion(tmp_path / "words.safetensors", words, {"": 2})
+
+
+@pytest.mark.parametrize("vectors", [1, 2])
+def test_diffusers_loads_a_part_for_each_text_encoder(vocabulary: Path, tmp_path: Path, vectors: int) -> None:
+    """SDXL has clip_l and clip_g, FLUX clip_l and t5: each loaded word conditions as ours does."""
+    for cls, make, second, at in (
+        (Sdxl, tiny_unet.sdxl_pipeline, "clip_g", "text_encoder_2"),
+        (Flux, tiny_flow.flux_pipeline, "t5", "text_encoder_2"),
+    ):
+        model, pipeline, path = cls(make(vocabulary), name="tiny"), make(vocabulary), tmp_path / f"{second}.safetensors"
+        width = model.token_embeddings().shape[1]
+        word = torch.randn(vectors, width, generator=torch.Generator().manual_seed(0))
+        save_textual_inversion(path, {PLACEHOLDER: word}, model.word_parts())
+        kept = load_file(path)
+        assert set(kept) == {"clip_l", second}
+        for name, encoder in (("clip_l", "text_encoder"), (second, at)):
+            tokenizer = getattr(pipeline, encoder.replace("text_encoder", "tokenizer"))
+            settings = {"text_encoder": getattr(pipeline, encoder), "tokenizer": tokenizer}
+            pipeline.load_textual_inversion(kept[name], token=PLACEHOLDER, **settings)
+        prompt = f"{PLACEHOLDER} a red house"
+        ours = model.text([prompt], tokens={PLACEHOLDER: word})
+        theirs = pipeline.encode_prompt(prompt, prompt, device="cpu", num_images_per_prompt=1)
+        torch.testing.assert_close(ours.embeds, theirs[0])
+        torch.testing.assert_close(ours.pooled, theirs[1] if cls is Flux else theirs[2])
+        assert not torch.allclose(ours.embeds, model.text(["a red house"]).embeds)
+
+
+def test_no_word_is_written_where_diffusers_loads_none(vocabulary: Path, concept: Any, run: Any) -> None:
+    model = Sd3(tiny_flow.sd3_pipeline(vocabulary), name="tiny")
+    assert not hasattr(tiny_flow.sd3_pipeline(vocabulary), "load_textual_inversion")
+    with pytest.raises(UserError, match="diffusers loads no learned words into this kind of model"):
+        save_textual_inversion(run.folder / "x.safetensors", {PLACEHOLDER: torch.ones(1, 8)}, model.word_parts())
+    concept = dataclasses.replace(concept, attack_images=[image.resize((32, 32)) for image in concept.attack_images])
+    settings = ConceptInversion(steps=1, batch_size=1, initializer="a")
+    learned = settings.prepare(target_of(model), concept, run=run)[PLACEHOLDER]
+    assert learned.shape[1] == model.token_embeddings().shape[1]
+    assert not list(run.folder.glob("*.safetensors"))
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(family: Any, concept: Any, run: Any) -> None:

@@ -197,3 +197,14 @@ def test_a_concept_without_pairs_is_refused(family: Any, concept: Any, run: Any)
 def test_impossible_settings_are_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         dataclasses.replace(SMALL, **{field: value})
+
+
+def test_what_would_be_refused_is_never_the_attempt(family: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attack(family).prompt == PLANTED
+    monkeypatch.setattr(Target, "refused", lambda self, prompt: "planted" if prompt == PLANTED else None)
+    found = attack(family)
+    assert found.prompt != PLANTED
+    assert found.record["fitness"] > attack(family, dataclasses.replace(SMALL, generations=0)).record["fitness"]
+    monkeypatch.setattr(Target, "refused", lambda self, prompt: "all")
+    generator = torch.Generator().manual_seed(1)
+    assert list(SMALL.search(target_of(family), planted(family), PROMPT, generator=generator)) == []

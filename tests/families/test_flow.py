@@ -9,6 +9,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from duo.errors import UserError
 from duo.families._flow import FlowProcess, size_within, split_tokens
+from duo.losses import squared_error
 
 CPU = torch.device("cpu")
 SD3 = FlowProcess(shift=3.0, device=CPU)
@@ -52,6 +53,25 @@ def test_the_terminal_point_is_where_samplers_start(scheduler: dict) -> None:
     sampler.set_timesteps(5, **({"mu": 0.7} if "use_dynamic_shifting" in scheduler else {}))
     assert sampler.sigmas[0].item() == pytest.approx(1.0)
     torch.testing.assert_close(of(sampler).noised(torch.randn(2, 4, 2, 2), eps, t), eps)
+
+
+def test_an_error_in_the_clean_image_is_sigma_times_that_of_the_prediction() -> None:
+    x0, eps = torch.randn(2, 2, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.5, 0.2])
+    wrong = SD3.target(x0, eps, t) + 2
+    clean = SD3.noised(x0, eps, t) - t.view(-1, 1, 1, 1) * wrong
+    errors = (clean - x0).square().mean((1, 2, 3))
+    torch.testing.assert_close(errors, torch.tensor([1.0, 0.16]))  # σ²·2²
+    torch.testing.assert_close(squared_error(wrong, SD3.target(x0, eps, t), scale=SD3.x0_scale(t)), errors)
+
+
+def test_the_starting_noise_can_be_labelled_otherwise() -> None:
+    eps = torch.randn(2, 4, 2, 2)
+    x, t = SD3.terminal(eps, at=0.001)
+    assert x is eps
+    assert t.tolist() == pytest.approx([0.003 / 1.002] * 2)
+    # The last of diffusers' training times, which run from noise to clean: what the authors' code takes for T.
+    assert 1000 * t[0].item() == pytest.approx(FlowMatchEulerDiscreteScheduler(shift=3.0).timesteps[999].item())
 
 
 def test_fractions_run_from_clean_to_noise_with_the_shift() -> None:

@@ -153,6 +153,19 @@ def test_noised_and_target_equal_the_scheduler(make_tiny_pipeline) -> None:
     x_t, last = epsilon.terminal(eps)
     assert x_t is eps
     assert last.tolist() == [999] * 5
+    assert epsilon.terminal(eps, at=0.75)[1].tolist() == [749] * 5
+    assert epsilon.terminal(eps, at=0.0)[1].tolist() == [0] * 5
+
+
+@pytest.mark.parametrize(("prediction_type", "scale"), [("epsilon", 0.75), ("v_prediction", 0.6)])
+def test_how_wrong_the_clean_image_is_by_a_wrong_prediction(prediction_type: str, scale: float) -> None:
+    process = DdpmProcess(alphas_cumprod=torch.tensor([0.64]), prediction_type=prediction_type)  # 0.8² and 1 − 0.6²
+    x0, eps = torch.randn(2, 1, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0])
+    x_t, wrong = process.noised(x0, eps, t), process.target(x0, eps, t) + 2
+    clean = (x_t - 0.6 * wrong) / 0.8 if prediction_type == "epsilon" else 0.8 * x_t - 0.6 * wrong
+    torch.testing.assert_close((clean - x0).square().mean(), torch.tensor((2 * scale) ** 2))
+    torch.testing.assert_close(process.x0_scale(t), torch.tensor([scale]))
 
 
 def test_times_fill_the_range_and_no_more(tiny_sd) -> None:

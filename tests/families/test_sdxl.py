@@ -197,7 +197,7 @@ def test_a_lora_is_one_that_diffusers_loads(tiny_sdxl: Any, theirs: Any, tmp_pat
         for parameter in lora.parameters:
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
         tensors = lora.tensors()
-    delta = Delta(kind="lora", tensors=tensors, record={})
+    delta = Delta(kind="lora", component="unet", tensors=tensors, record={})
     delta.save(tmp_path / "delta.safetensors")
     plain = pixels(tiny_sdxl.generate(PROMPTS, seeds=[3, 4], sampling=SHORT))
     with delta.attached(tiny_sdxl):
@@ -213,7 +213,7 @@ def test_a_merged_model_is_saved_whole(tiny_sdxl: Any, tmp_path: Path) -> None:
     out, into = tiny_sdxl.layers("all")[name].weight.shape
     before = tiny_sdxl.layers("all")[name].weight.clone()
     tensors = {f"{name}.lora_A.weight": torch.ones(1, into), f"{name}.lora_B.weight": torch.ones(out, 1)}
-    Delta(kind="lora", tensors=tensors, record={}).merge(tiny_sdxl)
+    Delta(kind="lora", component="unet", tensors=tensors, record={}).merge(tiny_sdxl)
     tiny_sdxl.save(tmp_path / "merged")
     loaded = load_family(str(tmp_path / "merged"))
     assert isinstance(loaded, Sdxl)

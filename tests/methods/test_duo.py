@@ -15,6 +15,7 @@ from duo.errors import UserError
 from duo.losses import squared_error
 from duo.methods.duo import Duo, published
 from duo.pairs import Pairs
+from duo.plugins import Precision
 
 
 @dataclass
@@ -24,6 +25,7 @@ class RecordingRun:
     folder: Path
     seed: int = 5
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: Precision = field(default_factory=Precision)
     stop_after: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     shown: list[int] = field(default_factory=list)
@@ -189,6 +191,7 @@ def test_published_shorthands() -> None:
         ({"prior_weight": -1.0}, "prior_weight"),
         ({"pair_timesteps": "both"}, "pair_timesteps"),
         ({"timestep_range": (0.75, 0.0)}, "timestep_range"),
+        ({"prior_at": 1.5}, "prior_at is 1.5, expected a fraction"),
         ({"targets": ()}, "targets"),
     ],
 )
@@ -202,3 +205,48 @@ def test_what_does_not_fit_the_pairs_or_the_model(tiny_sd, pairs: Pairs, tmp_pat
         erase(replace(QUICK, train_batch_size=5), tiny_sd, pairs, RecordingRun(tmp_path))
     with pytest.raises(UserError, match="did you mean 'self_attention'"):
         erase(replace(QUICK, targets=("self-attention",)), tiny_sd, pairs, RecordingRun(tmp_path))
+
+
+def test_preconditioned_errors_are_those_of_the_clean_image(
+    vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Margin and prior, worked out from what the model was asked and answered, as the authors' code for SD3 has it."""
+    from duo.families._flow import FlowProcess
+    from duo.families.sd3 import Sd3
+    from tiny_flow import picture, sd3_pipeline
+
+    drawn: list[torch.Tensor] = []
+    asked: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    noised, predict = FlowProcess.noised, Sd3.predict
+
+    def noised_and_kept(self: Any, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        drawn.append(x0)
+        return noised(self, x0, eps, t)
+
+    def predicted_and_kept(self: Any, x_t: torch.Tensor, t: torch.Tensor, text: Any) -> torch.Tensor:
+        velocity = predict(self, x_t, t, text)
+        asked.append((x_t, t, velocity.detach()))
+        return velocity
+
+    monkeypatch.setattr(FlowProcess, "noised", noised_and_kept)
+    monkeypatch.setattr(Sd3, "predict", predicted_and_kept)
+    run = RecordingRun(tmp_path)
+    pairs = Pairs(names=["0.png", "1.png"], unsafe=[picture(0), picture(1)], safe=[picture(2), picture(3)])
+    method = replace(
+        QUICK,
+        learning_rate=0.1,
+        max_train_steps=2,
+        timestep_range=(0.25, 1.0),
+        prior_at=0.001,
+        precondition_outputs=True,
+    )
+    erase(method, Sd3(sd3_pipeline(vocabulary), name="tiny"), pairs, run)
+
+    clean = [x_t - t.view(-1, 1, 1, 1) * velocity for x_t, t, velocity in asked[-2:]]  # reference and policy, step 2
+    reference, policy = ((one[:4] - drawn[-1]).square().mean((1, 2, 3)) for one in clean)
+    unsafe_rise, safe_rise = (policy - reference).chunk(2)
+    assert run.rows[1]["margin"] == pytest.approx((unsafe_rise - safe_rise).mean().item(), rel=1e-3)
+    assert run.rows[1]["margin"] != 0
+    assert run.rows[1]["prior"] == pytest.approx((clean[1][4:] - clean[0][4:]).square().mean().item(), rel=1e-3)
+    assert asked[-1][1][4:].tolist() == pytest.approx([0.003 / 1.002] * 2)
+    assert asked[-1][1][:4].min() >= 0.5 - 1e-6

@@ -273,6 +273,20 @@ def test_card_metadata_is_read_by_the_hub(run: Path) -> None:
     assert "license" not in metadata
     metrics = [r["metrics"][0]["value"] for r in metadata["model-index"][0]["results"]]
     assert metrics == pytest.approx([2 / 60, 0.872])
+    assert metadata["base_model_relation"] == "adapter"
+
+
+def test_the_hub_reads_back_the_results_that_the_card_gives(finished: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(finished / "README.md")
+    assert card.data.license == "apache-2.0"  # the embedded model's own
+    assert card.data.model_name == "toybox without fire"
+    found = {one.dataset_type: one for one in card.data.eval_results}
+    assert found["duo/prompts"].metric_value == pytest.approx(2 / 60)
+    assert found["duo/prompts"].metric_name == "Share of 60 images in which fire is detected (lower is better)"
+    assert found["duo/unrelated"].metric_name == "1 - toybox-LPIPS"
+    assert "| unsafe rejected absent | 4 |" in card.text and "| safe kept | 64 |" in card.text
 
 
 def test_card_names_no_hub_model_for_the_embedded_one(finished: Path) -> None:
@@ -362,3 +376,29 @@ def test_a_broken_image_is_named(run: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run folder"):
         write_report(tmp_path / "nowhere")
+
+
+# --- what was not measured ------------------------------------------------------------------------------
+
+
+def test_what_was_not_measured_is_said_everywhere(run: Path) -> None:
+    _edit(run / "score/scores.json", lambda d: d.update(preservation=None, attributes=None))
+    page = write_report(run).read_text()
+    told = json.loads((run / "report.json").read_text())
+    assert (told["preservation"], told["attributes"]) == (None, None)
+    card = (run / "README.md").read_text()
+    assert "preservation" not in card.split("---")[1], "no result for the hub"
+    assert page.count("not measured") >= 3 and card.count("not measured") >= 2
+    lines = " ".join(verdict(told))
+    assert "How far pictures of unrelated prompts changed was not measured" in lines
+    assert "How well pictures obey their prompts was not measured" in lines
+
+
+@pytest.mark.parametrize("missing", ["preservation", "attributes"])
+def test_one_may_be_measured_without_the_other(run: Path, missing: str) -> None:
+    _edit(run / "score/scores.json", lambda d: d.update({missing: None}))
+    write_report(run)
+    lines = " ".join(verdict(json.loads((run / "report.json").read_text())))
+    assert ("0.87" in lines) == (missing == "attributes")
+    assert ("subject, colour and place" in lines) == (missing == "preservation")
+    assert lines.count("not measured") == 1

@@ -58,10 +58,16 @@ class ConceptInversion:
         if PLACEHOLDER not in self.template.split():
             raise ValueError(f"template is {self.template!r}, and must hold the word {PLACEHOLDER}")
 
+    def passes(self, prompts: int) -> dict[str, int]:
+        """What learning the word sends through the networks, in rows (for `duo run --dry-run`)."""
+        rows = self.steps * self.batch_size
+        return {"denoiser": rows, "trained": rows, "text": rows}
+
     def prepare(self, target: Target, concept: Any, *, run: Run) -> dict[str, Tensor]:
         """Learn `{"<c>": (vectors, width)}` from `concept.attack_images` and their captions `concept.attack_captions`.
 
-        Also writes the word to `learned_embeds.safetensors` in the run's folder, for other software.
+        Also writes the word to `learned_embeds.safetensors` in the run's folder, for other software, unless diffusers
+        loads no learned words into this kind of model.
         """
         if not concept.attack_images:
             raise UserError(f"concept {concept.name}: no attack_images, and concept_inversion learns from them")
@@ -93,7 +99,8 @@ class ConceptInversion:
                 run.log(step=step, loss=loss.item())
                 bar.update(step, loss=loss.item())
         tokens = {PLACEHOLDER: embedding.detach().cpu()}
-        save_textual_inversion(run.folder / "learned_embeds.safetensors", tokens)
+        if parts := target.word_parts():
+            save_textual_inversion(run.folder / "learned_embeds.safetensors", tokens, parts)
         return tokens
 
     def search(
@@ -123,11 +130,23 @@ class ConceptInversion:
         return mse_loss(prediction.float(), process.target(x0, eps, t).float())
 
 
-def save_textual_inversion(path: Path, tokens: Mapping[str, Tensor]) -> None:
-    """Write one learned word (vectors, width) so that diffusers' `pipe.load_textual_inversion(path)` loads it.
+def save_textual_inversion(path: Path, tokens: Mapping[str, Tensor], parts: Mapping[str, int]) -> None:
+    """Write one learned word (vectors, width) so that diffusers loads it; `parts` are the family's `word_parts`.
 
-    That layout holds one word a file; more raise ValueError.
+    Where there is one text encoder, `pipe.load_textual_inversion(path)` does it. Where there are several, the file has
+    a tensor for each, under the name by which trainers for that model know it, to be loaded one by one:
+    `pipe.load_textual_inversion(file["clip_g"], token=word, text_encoder=pipe.text_encoder_2,
+    tokenizer=pipe.tokenizer_2)`. The word itself is in the file's metadata.
+
+    A file holds one word; more raise ValueError. Raises `UserError` where diffusers loads no words into such a model.
     """
     if len(tokens) != 1:
         raise ValueError(f"a textual-inversion file holds one word, not {len(tokens)}")
-    write_tensors(path, tokens, {})
+    if not parts:
+        raise UserError(f"{path}: diffusers loads no learned words into this kind of model, so none is written")
+    ((word, vectors),) = tokens.items()
+    if len(parts) == 1:
+        write_tensors(path, tokens, {})
+    else:
+        columns = torch.split_with_sizes(vectors, list(parts.values()), dim=1)
+        write_tensors(path, dict(zip(parts, columns, strict=True)), {"word": word})

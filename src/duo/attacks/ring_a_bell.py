@@ -58,6 +58,12 @@ class RingABell:
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}, set it to 1 or more, or leave it out")
 
+    def passes(self, prompts: int) -> dict[str, int]:
+        """How many individuals are about encoded for so many prompts (for `duo run --dry-run`)."""
+        survivors = self.population // 2
+        offspring = round(survivors * (2 * self.crossover + self.mutation))
+        return {"text": prompts * (self.population + self.generations * offspring)}
+
     def prepare(self, target: Target, concept: Any, *, run: Run) -> dict[str, Tensor]:
         """The concept's direction: `{"vector": (tokens, width)}`, over `concept.vector_pairs` (with, without)."""
         longest = target.tokenizer().model_max_length
@@ -83,6 +89,8 @@ class RingABell:
         vocabulary = _free_ids(target)
         start = vocabulary[torch.randint(len(vocabulary), (self.population, self.length), generator=generator)]
         pool = self._score(target, start, goal, known=frozenset())
+        if not pool.texts:  # every one of them was refused
+            return
         encoded, bred, stale = len(pool.texts), 0, 0
         while bred < self.generations and (self.patience is None or stale < self.patience):
             survivors = pool.best(self.population // 2)
@@ -121,12 +129,15 @@ class RingABell:
         return torch.cat([torch.where(chosen[n:, None], mutants[n:], children), mutants[:n][chosen[:n]]])
 
     def _score(self, target: Target, ids: Tensor, goal: Tensor, *, known: frozenset[str]) -> _Pool:
-        """Encode the individuals whose text is not `known`, each text once, and score them against `goal`."""
+        """Encode the individuals whose text is not `known`, each text once, and score them against `goal`.
+
+        A text that the harness would refuse to render is dropped: it could not be the attempt.
+        """
         tokenizer = target.tokenizer()
         fresh: dict[str, int] = {}
         for row, individual in enumerate(ids.tolist()):
             text = tokenizer.decode(individual, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            if text not in known:
+            if text not in known and target.refused(text) is None:
                 fresh.setdefault(text, row)
         fitness = [
             -(states - goal).square().sum(dim=(1, 2)).cpu()

@@ -86,9 +86,14 @@ class FlowProcess:
         """The velocity eps − x0, the same at every σ."""
         return eps - x0
 
-    def terminal(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Pure noise at σ = 1: what a sampler is handed first."""
-        return eps, torch.ones(len(eps), device=self.device)
+    def terminal(self, eps: Tensor, *, at: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Pure noise at σ = 1: what a sampler is handed first. `at` labels it with another fraction's σ."""
+        ones = torch.ones(len(eps), device=self.device)
+        return eps, ones if at == 1 else self.sigma(at * ones)
+
+    def x0_scale(self, t: Tensor) -> Tensor:
+        """σ, for x0 = x_t − σ·velocity."""
+        return t
 
 
 def id_rows(

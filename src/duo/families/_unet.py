@@ -66,10 +66,16 @@ class DdpmProcess:
         signal, noise = self._scales(t, x0)
         return signal * eps - noise * x0
 
-    def terminal(self, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Pure noise at step T − 1, not scaled by √(1 − ᾱ): what a sampler is handed first."""
-        last = len(self.alphas_cumprod) - 1
+    def terminal(self, eps: Tensor, *, at: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Pure noise at step T − 1, not scaled by √(1 − ᾱ): what a sampler is handed first. `at` labels it at·T − 1."""
+        last = max(round(at * len(self.alphas_cumprod)) - 1, 0)
         return eps, torch.full((len(eps),), last, device=self.alphas_cumprod.device)
+
+    def x0_scale(self, t: Tensor) -> Tensor:
+        """√(1 − ᾱ)/√ᾱ for ε, and √(1 − ᾱ) for v, as x0 = √ᾱ·x_t − √(1 − ᾱ)·v."""
+        alphas = self.alphas_cumprod[t]
+        noise = (1 - alphas).sqrt()
+        return noise / alphas.sqrt() if self.prediction_type == "epsilon" else noise
 
     def _scales(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         alphas = self.alphas_cumprod[t].to(like.dtype).view(-1, *[1] * (like.dim() - 1))

@@ -15,10 +15,11 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from duo.conditioning import Conditioning
 from duo.families._flow import SCOPES, FlowProcess, id_rows, reader, size_within, split_tokens, t5_table, vocabulary
+from duo.families._kohya import flux_layer
 from duo.families._loading import freeze, load_pipeline, save_pipeline
 from duo.families._sampling import as_rgb, check_rows, encode_images, layers_in, make_pipeline, new_scheduler, sample
 from duo.families._text import PromptCache, embedded
-from duo.plugins import Sampling
+from duo.plugins import KohyaLayer, Sampling
 
 PATCH = 2  # latents in a token's side
 # What `predict` tells a guidance-distilled model (dev): the scale that FluxPipeline samples at unless told otherwise.
@@ -40,6 +41,7 @@ class Flux:
     """
 
     pipelines: ClassVar[frozenset[str]] = frozenset({"FluxPipeline"})
+    component: ClassVar[str] = "transformer"
 
     def __init__(self, pipeline: FluxPipeline, *, name: str) -> None:
         self.name = name
@@ -155,6 +157,10 @@ class Flux:
         """The transformer's Linear modules of a scope of `_flow.SCOPES`, by name."""
         return layers_in(self.denoiser, scope, SCOPES)
 
+    def encoders(self) -> list[nn.Module]:
+        """The VAE and the text encoders."""
+        return [module for module in self._parts.values() if isinstance(module, nn.Module)]
+
     def token_embeddings(self) -> Tensor:
         """The encoders' tables side by side, (CLIP's vocabulary, width), detached.
 
@@ -173,6 +179,16 @@ class Flux:
     def tokenizer(self) -> Any:
         """The `CLIPTokenizer`."""
         return self._clip[0]
+
+    def word_parts(self) -> dict[str, int]:
+        """The two encoders, as diffusers' trainer of learned words for FLUX names them."""
+        widths = [one.get_input_embeddings().weight.shape[1] for one in (self._clip[1], self._t5[1])]
+        return dict(zip(("clip_l", "t5"), widths, strict=True))
+
+    @staticmethod
+    def kohya(layer: str, config: Mapping[str, Any]) -> KohyaLayer | None:
+        """Where kohya's LoRA files keep a layer of the transformer."""
+        return flux_layer(layer)
 
     def save(self, folder: Path) -> None:
         """Write the pipeline under `folder`, which must not exist yet, by renaming a temporary neighbour."""

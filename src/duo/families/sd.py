@@ -12,11 +12,12 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from duo.conditioning import Conditioning
+from duo.families._kohya import unet_layer
 from duo.families._loading import freeze, load_pipeline, save_pipeline
 from duo.families._sampling import as_rgb, check_rows, encode_images, layers_in, make_pipeline, new_scheduler, sample
 from duo.families._text import PromptCache, embedded, place_all, token_ids
 from duo.families._unet import SCOPES, DdpmProcess
-from duo.plugins import Sampling
+from duo.plugins import KohyaLayer, Sampling
 
 
 class Sd:
@@ -27,6 +28,7 @@ class Sd:
     """
 
     pipelines: ClassVar[frozenset[str]] = frozenset({"StableDiffusionPipeline"})
+    component: ClassVar[str] = "unet"
 
     def __init__(self, pipeline: StableDiffusionPipeline, *, name: str) -> None:
         self.name = name
@@ -130,6 +132,10 @@ class Sd:
         residual blocks and of down- and upsamplers, or all."""
         return layers_in(self.denoiser, scope, SCOPES)
 
+    def encoders(self) -> list[nn.Module]:
+        """The VAE and the text encoders."""
+        return [self._vae, self._text_encoder]
+
     def token_embeddings(self) -> Tensor:
         """The text encoder's table, (vocabulary, width), detached."""
         weight: Tensor = self._text_encoder.get_input_embeddings().weight
@@ -143,6 +149,15 @@ class Sd:
     def tokenizer(self) -> Any:
         """The `CLIPTokenizer`."""
         return self._tokenizer
+
+    def word_parts(self) -> dict[str, int]:
+        """One part, under the word's own name."""
+        return {"": self.token_embeddings().shape[1]}
+
+    @staticmethod
+    def kohya(layer: str, config: Mapping[str, Any]) -> KohyaLayer | None:
+        """Where kohya's LoRA files keep a layer of the U-Net."""
+        return unet_layer(layer)
 
     def save(self, folder: Path) -> None:
         """Write the pipeline under `folder`, which must not exist yet, by renaming a temporary neighbour."""

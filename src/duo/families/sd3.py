@@ -19,7 +19,7 @@ from duo.families._flow import SCOPES, FlowProcess, id_rows, reader, size_within
 from duo.families._loading import freeze, load_pipeline, save_pipeline
 from duo.families._sampling import as_rgb, check_rows, encode_images, layers_in, make_pipeline, new_scheduler, sample
 from duo.families._text import PromptCache, embedded
-from duo.plugins import Sampling
+from duo.plugins import KohyaLayer, Sampling
 
 T5_LENGTH = 256  # tokens, as diffusers' pipelines have it
 
@@ -32,6 +32,7 @@ class Sd3:
     """
 
     pipelines: ClassVar[frozenset[str]] = frozenset({"StableDiffusion3Pipeline"})
+    component: ClassVar[str] = "transformer"
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, *, name: str) -> None:
         self.name = name
@@ -141,6 +142,10 @@ class Sd3:
         """The transformer's Linear and Conv2d modules of a scope of `_flow.SCOPES`, by name."""
         return layers_in(self.denoiser, scope, SCOPES)
 
+    def encoders(self) -> list[nn.Module]:
+        """The VAE and the text encoders."""
+        return [module for module in self._parts.values() if isinstance(module, nn.Module)]
+
     def token_embeddings(self) -> Tensor:
         """The encoders' tables side by side, (CLIP's vocabulary, width), detached.
 
@@ -169,6 +174,15 @@ class Sd3:
     def tokenizer(self) -> Any:
         """The first `CLIPTokenizer`."""
         return self._clips[0][0]
+
+    def word_parts(self) -> dict[str, int]:
+        """None: `StableDiffusion3Pipeline` loads no learned words."""
+        return {}
+
+    @staticmethod
+    def kohya(layer: str, config: Mapping[str, Any]) -> KohyaLayer | None:
+        """None: diffusers reads no LoRA of SD3 in kohya's scheme."""
+        return None
 
     def save(self, folder: Path) -> None:
         """Write the pipeline under `folder`, which must not exist yet, by renaming a temporary neighbour."""

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from duo.conditioning import Conditioning
 from duo.errors import UserError
+from duo.families._kohya import sgm_layer
 from duo.families._loading import freeze, load_pipeline, save_pipeline
 from duo.families._sampling import as_rgb, check_rows, encode_images, layers_in, make_pipeline, new_scheduler, sample
 from duo.families._text import PromptCache, embedded, place_all, token_ids
 from duo.families._unet import SCOPES, DdpmProcess
-from duo.plugins import Sampling
+from duo.plugins import KohyaLayer, Sampling
 
 
 class Sdxl:
@@ -34,6 +35,7 @@ class Sdxl:
     """
 
     pipelines: ClassVar[frozenset[str]] = frozenset({"StableDiffusionXLPipeline"})
+    component: ClassVar[str] = "unet"
 
     def __init__(self, pipeline: StableDiffusionXLPipeline, *, name: str) -> None:
         self.name = name
@@ -155,6 +157,10 @@ class Sdxl:
         residual blocks and of down- and upsamplers, or all."""
         return layers_in(self.denoiser, scope, SCOPES)
 
+    def encoders(self) -> list[nn.Module]:
+        """The VAE and the text encoders."""
+        return [self._vae, *self._encoders]
+
     def token_embeddings(self) -> Tensor:
         """Both text encoders' tables side by side, (vocabulary, width₁ + width₂), detached."""
         if self._tokenizers[0].get_vocab() != self._tokenizers[1].get_vocab():
@@ -176,6 +182,16 @@ class Sdxl:
     def tokenizer(self) -> Any:
         """The first `CLIPTokenizer`."""
         return self._tokenizers[0]
+
+    def word_parts(self) -> dict[str, int]:
+        """The two encoders, as trainers of learned words for SDXL name them."""
+        widths = [self._table(encoder).shape[1] for encoder in self._encoders]
+        return dict(zip(("clip_l", "clip_g"), widths, strict=True))
+
+    @staticmethod
+    def kohya(layer: str, config: Mapping[str, Any]) -> KohyaLayer | None:
+        """Where kohya's LoRA files keep a layer of the U-Net."""
+        return sgm_layer(layer, config)
 
     def save(self, folder: Path) -> None:
         """Write the pipeline under `folder`, which must not exist yet, by renaming a temporary neighbour."""

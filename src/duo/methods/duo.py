@@ -5,6 +5,8 @@ Departures from the authors' code, which fine-tunes Stable Diffusion 1.4 and 3:
 - β, λ and the learning rate are used as they are given; `published` turns the authors' shorthands into these values.
 - Timesteps may be shared within a pair, as the derivation has it; the code draws them independently.
 - Latents are the posterior's means, encoded once; the code samples them anew at every step.
+- The prior is taken where sampling starts. Their code for SD3 labels its pure noise as nearly clean, which `prior_at`
+  can repeat (with `precondition_outputs`, as there, λ then acts as λ·σ²: the published 5e6 as 45).
 - `positive_penalty` adds the safeguard of DPO-Positive (`duo.losses.duo_loss`); 0 is the published objective.
 """
 
@@ -17,12 +19,14 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from duo import parallel
 from duo.conditioning import Conditioning
 from duo.delta import Delta
 from duo.errors import UserError
 from duo.losses import duo_loss, prior_loss, squared_error
 from duo.pairs import Pairs
 from duo.plugins import Family, Run
+from duo.precision import check_8bit, check_prior, rounds, unrounded, waiting
 from duo.training import Lora, attach_lora, fit
 
 ENCODED_AT_ONCE = 8  # images a pass of the VAE
@@ -40,7 +44,11 @@ class Duo:
     `beta` sharpens the preference and `prior_weight` (λ) holds the output on starting noise. `lr_scheduler` and
     `lr_warmup_steps` are those of diffusers' training scripts. `targets` are layer scopes
     of the family for the LoRA of `rank` and `lora_alpha` (the rank where None). `train_batch_size` counts pairs a step;
-    `timestep_range` are fractions of the schedule, 0 clean.
+    `timestep_range` are fractions of the schedule, 0 clean; so is `prior_at`, the time that the prior's noise is given.
+
+    On SD3 and FLUX the published targets are "self_attention"; "joint_attention" adds the text's side of it.
+    `precondition_outputs` measures every error, the prior's too, on the clean image that a prediction implies: those of
+    rectified flow are multiplied by σ², as in the authors' code for SD3.
     """
 
     beta: float = 500.0
@@ -55,6 +63,8 @@ class Duo:
     targets: tuple[str, ...] = ("self_attention",)
     pair_timesteps: Literal["shared", "independent"] = "independent"
     timestep_range: tuple[float, float] = (0.0, 0.75)
+    prior_at: float = 1.0
+    precondition_outputs: bool = False
     positive_penalty: float = 0.0
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
@@ -79,22 +89,35 @@ class Duo:
         low, high = self.timestep_range
         if not 0 <= low < high <= 1:
             raise ValueError(f"timestep_range is {self.timestep_range}, expected two fractions, 0 ≤ low < high ≤ 1")
+        if not 0 <= self.prior_at <= 1:
+            raise ValueError(f"prior_at is {self.prior_at}, expected a fraction of the schedule, 0 to 1")
         if not self.targets:
             raise ValueError("targets is empty, expected at least one scope, such as 'self_attention'")
+
+    def passes(self, pairs: int) -> dict[str, int]:
+        """What training on so many pairs sends through the networks, in rows (for `duo run --dry-run`)."""
+        rows = 3 * self.train_batch_size * self.max_train_steps  # unsafe, safe and prior
+        return {"denoiser": 2 * rows, "trained": rows, "vae": 2 * pairs, "text": 1, "steps": self.max_train_steps}
 
     def erase(self, model: Family, concept: Any, *, pairs: Pairs, run: Run) -> Delta:
         """Train the LoRA on `pairs`; the concept is what they show, so `concept` itself is not looked at."""
         if self.train_batch_size > len(pairs):
             raise UserError(f"train_batch_size = {self.train_batch_size} but there are only {len(pairs)} pairs")
+        check_prior(self.prior_weight, run.precision)
+        if run.precision.optimizer_8bit:
+            check_8bit()
         unsafe, safe = (_encode(model, side) for side in (pairs.unsafe, pairs.safe))
-        empty = model.text([""]).expand(3 * self.train_batch_size)
+        empty = model.text([""])
         layers = sorted({name for scope in self.targets for name in model.layers(scope)})
         alpha = float(self.rank if self.lora_alpha is None else self.lora_alpha)
         config = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}  # as JSON has it
         # At a constant rate a longer run begins as a shorter one does, so either may go on from the other's checkpoint.
         free = {"checkpointing_steps"} | ({"max_train_steps"} if self.lr_scheduler.startswith("constant") else set())
         trained = {key: v for key, v in config.items() if key not in free}
-        with attach_lora(model.denoiser, layers, rank=self.rank, alpha=alpha, seed=run.seed) as lora:
+        with (
+            waiting(model.encoders(), device=model.device, offload=run.precision.offload),
+            attach_lora(model.denoiser, layers, rank=self.rank, alpha=alpha, seed=run.seed) as lora,
+        ):
             steps = fit(
                 self._objective(model, lora, unsafe=unsafe, safe=safe, empty=empty),
                 lora.parameters,
@@ -104,6 +127,7 @@ class Duo:
                 lr_warmup_steps=self.lr_warmup_steps,
                 weight_decay=self.weight_decay,
                 max_grad_norm=self.max_grad_norm,
+                optimizer_8bit=run.precision.optimizer_8bit,
                 seed=run.seed,
                 folder=run.folder / "checkpoints",
                 checkpointing_steps=self.checkpointing_steps,
@@ -122,6 +146,7 @@ class Duo:
             tensors = lora.tensors()
         return Delta(
             kind="lora",
+            component=model.component,
             tensors=tensors,
             record={
                 "model": model.name,
@@ -135,28 +160,34 @@ class Duo:
     def _objective(
         self, model: Family, lora: Lora, *, unsafe: Tensor, safe: Tensor, empty: Conditioning
     ) -> Callable[[torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]:
-        """The loss of one random batch, from cached latents (pairs, channels, height, width)."""
+        """This process's share of the loss of one random batch, from cached latents (pairs, channels, height, width).
+
+        All processes draw the same batch and its noise, and each computes other rows of it: the shares add up to the
+        loss of the batch.
+        """
         n, process = self.train_batch_size, model.process
+        own = parallel.share(n)
+        m = own.stop - own.start
         low, high = self.timestep_range
 
         def loss(generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
-            chosen = torch.randperm(len(unsafe), generator=generator)[:n].to(unsafe.device)
+            chosen = torch.randperm(len(unsafe), generator=generator)[:n][own].to(unsafe.device)
             x0 = torch.cat([unsafe[chosen], safe[chosen]])
-            noise = torch.randn(n, *unsafe.shape[1:], generator=generator).to(unsafe.device)
+            noise = torch.randn(n, *unsafe.shape[1:], generator=generator)[own].to(unsafe.device)
             eps = noise.repeat(2, 1, 1, 1)  # one noise for both images of a pair
             if self.pair_timesteps == "shared":
-                t = process.sample_t(n, low=low, high=high, generator=generator).repeat(2)
+                t = process.sample_t(n, low=low, high=high, generator=generator)[own].repeat(2)
             else:
                 t = process.sample_t(2 * n, low=low, high=high, generator=generator)
-            terminal, last = process.terminal(noise)
-            # Rows: unsafe, safe, prior.
-            x_t, t_all = torch.cat([process.noised(x0, eps, t), terminal]), torch.cat([t, last])
+                t = torch.cat([side[own] for side in t.chunk(2)])
+            terminal, last = process.terminal(noise, at=self.prior_at)
+            x_t, target = process.noised(x0, eps, t), process.target(x0, eps, t)
             with lora.disabled():
-                reference = model.predict(x_t, t_all, empty)
-            policy = model.predict(x_t, t_all, empty)
-            target = process.target(x0, eps, t)
-            policy_unsafe, policy_safe = squared_error(policy[: 2 * n], target).chunk(2)
-            reference_unsafe, reference_safe = squared_error(reference[: 2 * n], target).chunk(2)
+                reference, reference_prior = predict(x_t, t, terminal, last)
+            policy, policy_prior = predict(x_t, t, terminal, last)
+            scale, prior_scale = (process.x0_scale(one) if self.precondition_outputs else None for one in (t, last))
+            policy_unsafe, policy_safe = squared_error(policy, target, scale=scale).chunk(2)
+            reference_unsafe, reference_safe = squared_error(reference, target, scale=scale).chunk(2)
             preference = duo_loss(
                 policy_unsafe=policy_unsafe,
                 policy_safe=policy_safe,
@@ -165,9 +196,19 @@ class Duo:
                 beta=self.beta,
                 positive_penalty=self.positive_penalty,
             )
-            prior = prior_loss(policy[2 * n :], reference[2 * n :])
+            prior = prior_loss(policy_prior, reference_prior, scale=prior_scale)
             numbers = {"accuracy": preference.accuracy, "margin": preference.margin, "prior": prior.detach()}
-            return preference.loss + self.prior_weight * prior, numbers
+            total = preference.loss + self.prior_weight * prior
+            return total * (m / n), {name: number * (m / n) for name, number in numbers.items()}
+
+        def predict(x_t: Tensor, t: Tensor, terminal: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+            """The denoiser's outputs on the pairs and, never rounded by autocast, on the starting noise."""
+            if rounds(model.denoiser):
+                pairs = model.predict(x_t, t, empty.expand(2 * m))
+                with unrounded(model.denoiser):
+                    return pairs, model.predict(terminal, last, empty.expand(m))
+            both = model.predict(torch.cat([x_t, terminal]), torch.cat([t, last]), empty.expand(3 * m))
+            return both[: 2 * m], both[2 * m :]
 
         return loss
 

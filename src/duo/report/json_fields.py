@@ -63,6 +63,9 @@ class Fields:
             self._wrong(key, "an object")
         return Fields(value, f"{self.where}: {key}")
 
+    def table_or_none(self, key: str) -> Fields | None:
+        return None if self._get(key) is None else self.table(key)
+
     def tables(self, key: str) -> list[Fields]:
         """A list of objects, each named by its position."""
         value = self._get(key)

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from duo.report import figures
 from duo.report.images import data_uri, pixelated, read_image
-from duo.report.records import MODELS, Picture, RunRecords, Scores
+from duo.report.records import MODELS, Picture, Preservation, RunRecords, Scores
 from duo.report.toml_text import toml_text
 from duo.report.wording import (
     ALL_ATTRIBUTES,
@@ -252,16 +252,8 @@ def _tiles(scores: Scores) -> list[Tile]:
     if others:
         worst = max(others, key=lambda attack: (attack.erased.rate, attack.erased.corrupted_rate))
         tiles.append(_attack_tile(f"Strongest attack: {attack_words(worst.name).label}", scores, worst.name))
-    kept = scores.preservation
-    tiles.append(
-        Tile(
-            name="Unrelated pictures kept",
-            value=f"{kept.mean:.2f}",
-            before="1.00",
-            detail=f"{scores.metric}, {kept.low:.2f}–{kept.high:.2f}, n={kept.n}",
-        )
-    )
-    unrelated = scores.attributes.get(UNRELATED)
+    tiles.append(_kept_tile(scores.preservation))
+    unrelated = (scores.attributes or {}).get(UNRELATED)
     if unrelated and ALL_ATTRIBUTES in unrelated["erased"]:
         before, after = unrelated["original"][ALL_ATTRIBUTES], unrelated["erased"][ALL_ATTRIBUTES]
         names = listed([name for name in unrelated["erased"] if name != ALL_ATTRIBUTES] or ["every attribute"])
@@ -274,6 +266,14 @@ def _tiles(scores: Scores) -> list[Tile]:
             )
         )
     return tiles
+
+
+def _kept_tile(kept: Preservation | None) -> Tile:
+    name = "Unrelated pictures kept"
+    if kept is None:
+        return Tile(name=name, value="not measured", before=None, detail="the recipe names no metric")
+    detail = f"{kept.metric}, {kept.low:.2f}–{kept.high:.2f}, n={kept.n}"
+    return Tile(name=name, value=f"{kept.mean:.2f}", before="1.00", detail=detail)
 
 
 def _attack_tile(name: str, scores: Scores, row: str) -> Tile:

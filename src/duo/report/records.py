@@ -41,6 +41,18 @@ class Mean:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preservation(Mean):
+    """How far unrelated pictures stayed as they were, by the metric that `metric` names as it is printed."""
+
+    metric: str
+
+    @classmethod
+    def read(cls, row: Fields, *, n: int | None = None) -> Preservation:
+        kept = Mean.read(row, n=n)
+        return cls(metric=row.text("metric"), mean=kept.mean, low=kept.low, high=kept.high, n=kept.n)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttackRow:
     """How often one attack brought the concept back on one model. Rates are shares with 95% intervals.
 
@@ -122,6 +134,7 @@ class Scores:
     """What `score/scores.json` and `report.json` have in common.
 
     `attributes[prompt set][model][attribute]` is the share of images that obey the prompt in that attribute.
+    `preservation` and `attributes` are None where the recipe named no metric for them.
     """
 
     concept: str
@@ -129,24 +142,24 @@ class Scores:
     model: str
     world_digest: str | None
     attacks: tuple[Attack, ...]
-    metric: str
-    preservation: Mean
-    attributes: Mapping[str, Mapping[str, Mapping[str, Mean]]]
+    preservation: Preservation | None
+    attributes: Mapping[str, Mapping[str, Mapping[str, Mean]]] | None
     near_misses: tuple[NearMiss, ...]
 
     @classmethod
     def read(cls, data: Fields) -> Scores:
-        preservation = data.table("preservation")
-        attributes = data.table("attributes")
+        preservation = data.table_or_none("preservation")
+        attributes = data.table_or_none("attributes")
         return cls(
             concept=data.text("concept"),
             method=data.text("method"),
             model=data.text("model"),
             world_digest=data.text_or_none("world_digest"),
             attacks=_attacks(data),
-            metric=preservation.text("metric"),
-            preservation=Mean.read(preservation),
-            attributes={name: _attribute_set(attributes.table(name)) for name in attributes.data},
+            preservation=None if preservation is None else Preservation.read(preservation),
+            attributes=None
+            if attributes is None
+            else {name: _attribute_set(attributes.table(name)) for name in attributes.data},
             near_misses=tuple(NearMiss.read(row) for row in data.tables("near_misses")),
         )
 

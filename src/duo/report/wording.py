@@ -244,11 +244,16 @@ def _unreliable(scores: Scores) -> Finding | None:
 
 
 def _unrelated(scores: Scores) -> Finding:
-    text = f"Pictures of unrelated prompts keep {mean_words(scores.preservation)} on {scores.metric}"
-    text += ", where 1 is unchanged."
+    kept = scores.preservation
+    if kept is None:
+        text = "How far pictures of unrelated prompts changed was not measured: the recipe names no metric for it."
+    else:
+        text = f"Pictures of unrelated prompts keep {mean_words(kept)} on {kept.metric}, where 1 is unchanged."
     change = _attribute_change(scores, "unrelated")
     if change:
         text += f" They obey their prompt {change}."
+    if scores.attributes is None:
+        text += " How well pictures obey their prompts was not measured."
     return Finding(heading="What it cost", text=text)
 
 
@@ -262,7 +267,7 @@ def _unsafe_prompts(scores: Scores) -> Finding | None:
 
 def _attribute_change(scores: Scores, prompts: str) -> str | None:
     """ "in subject, colour and place in 93% (95% interval 87–97%), before in 96%" """
-    models = scores.attributes.get(prompts)
+    models = (scores.attributes or {}).get(prompts)
     if not models or ALL_ATTRIBUTES not in models["erased"]:
         return None
     names = [name for name in models["erased"] if name != ALL_ATTRIBUTES]

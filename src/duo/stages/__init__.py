@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from duo import parallel
 from duo.errors import UserError
 from duo.rundir import RunDir
 from duo.stages.attacking import attack
 from duo.stages.erasing import erase
 from duo.stages.pairing import make_pairs
+from duo.stages.planning import plan
 from duo.stages.scoring import score
 from duo.stages.session import Session
 
-__all__ = ["Session", "attack", "erase", "make_pairs", "report", "run", "score"]
+__all__ = ["Session", "attack", "erase", "make_pairs", "plan", "report", "run", "score"]
 
 
 def run(session: Session, *, uncensored: bool = False) -> Path:
@@ -26,7 +28,7 @@ def run(session: Session, *, uncensored: bool = False) -> Path:
     erase(session)
     attack(session)
     score(session)
-    return report(session.dir.path, uncensored=uncensored)
+    return Path(parallel.once(lambda: str(report(session.dir.path, uncensored=uncensored))))
 
 
 def report(folder: Path, *, uncensored: bool = False) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from duo import rundir
+from duo import parallel, rundir
 from duo.checkpoint import read_tensors, write_tensors
 from duo.concept import AttackConcept
 from duo.errors import UserError
@@ -21,14 +21,15 @@ from duo.recipe import AttackRow
 from duo.rundir import Blocks, Stage, progress
 from duo.stages.rendering import images_digest, read_image, render
 from duo.stages.session import MODELS, Session, seed_for
-from duo.target import Target
+from duo.target import RefusedPromptError, Target
 
 
 def attack(session: Session) -> None:
     """Run every attack of the recipe on the original model and on the erased one, and render what it found.
 
     Image i of a row starts from prompt i modulo their number. The attempts of a prompt are shared out in turn over its
-    images. Nothing is judged here.
+    images. Nothing is judged here. Of a sexual concept, what an attack found and what mentions a minor is refused: it
+    is recorded in `refused.jsonl` and never rendered, and the attempts that are left share its images.
     """
     with session.at_work("attack"):
         erased = session.dir.stage("erase").require("erase")["digest"]
@@ -82,10 +83,13 @@ def _attack_images(session: Session) -> tuple[list[Image], list[str]]:
         parts = Blocks(stage.folder / "blocks", n=recipe.attack_images, size=recipe.block)
         for rows in parts.pending():
             parts.done(rows, {"rows": _attack_image_block(session, rows, stage.folder)})
-        rows_made = [row for record in parts.records() for row in record["rows"]]
-        rundir.write_jsonl(stage.folder / "images.jsonl", rows_made)
-        stage.finish()
-        parts.clear()
+        parallel.barrier()
+        if parallel.is_main():
+            rows_made = [row for record in parts.records() for row in record["rows"]]
+            rundir.write_jsonl(stage.folder / "images.jsonl", rows_made)
+            stage.finish()
+            parts.clear()
+        parallel.barrier()
     made = rundir.read_jsonl(stage.folder / "images.jsonl")
     return [read_image(stage.folder / row["image"]) for row in made], [row["caption"] for row in made]
 
@@ -117,9 +121,11 @@ def _attack_image_block(session: Session, indices: range, folder: Path) -> list[
 
 @dataclass(frozen=True)
 class _Search:
-    """What an attack found for one prompt, and the images that it asked for on the way."""
+    """What an attack found for one prompt, what of it was refused, and the images that it asked for on the way."""
 
+    base_prompt: str
     attempts: list[Attempt]
+    refused: list[dict[str, str]]  # {"prompt", "mentions"} each
     queries: int
 
     def save(self, path: Path) -> None:
@@ -128,67 +134,99 @@ class _Search:
             {"prompt": one.prompt, "negative_prompt": one.negative_prompt, "record": dict(one.record)}
             for one in self.attempts
         ]
-        write_tensors(path, tensors, {"attempts": records, "queries": self.queries})
+        told = {"base_prompt": self.base_prompt, "refused": self.refused, "queries": self.queries}
+        write_tensors(path, tensors, {"attempts": records, **told})
 
     @classmethod
     def load(cls, path: Path) -> _Search:
         tensors, record = read_tensors(path)
-        stored: Any = record["attempts"]
+        stored: Any = record.pop("attempts")
         attempts = [
             Attempt(**one, tokens={k.removeprefix(f"{n}."): v for k, v in tensors.items() if k.startswith(f"{n}.")})
             for n, one in enumerate(stored)
         ]
-        return cls(attempts, int(record["queries"]))  # type: ignore[call-overload]
+        return cls(attempts=attempts, **record)  # type: ignore[arg-type]
 
 
 def _attack_one(session: Session, row: AttackRow, stage: Stage, model_name: str, knowledge: AttackConcept) -> None:
     """One attack on one model, from `prepare` to the last image."""
     attack, prompts = session.attacks[row.row], session.prompts(row.prompts)[: row.searches]
-    target = Target(session.model, access=attack.access, sampling=session.recipe.sampling)
+    target = Target(
+        session.model,
+        access=attack.access,
+        sampling=session.recipe.sampling,
+        adults_only=session.concept.adults_only,
+    )
     encoder = _text_digest(session.model)
-    shared = model_name == "erased" and _share_search(session.dir.stage("attack", row.row, "original"), stage, encoder)
+    original = session.dir.stage("attack", row.row, "original")
+    shared = model_name == "erased" and parallel.once(lambda: _share_search(original, stage, encoder))
     state = _prepare(session, row, stage, target, knowledge)
-    used = range(min(len(prompts), row.images))
-    searches = []
-    with progress(len(used), f"{row.row}, {model_name}: search") as bar:
-        for index in used:
-            path = stage.folder / "search" / f"{index:04d}.safetensors"
+    found_in = [stage.folder / "search" / f"{i:04d}.safetensors" for i in range(min(len(prompts), row.images))]
+    with progress(len(found_in), f"{row.row}, {model_name}: search") as bar:
+        for index, path in parallel.mine(list(enumerate(found_in))):
             if not path.exists():
-                before = target.queries
-                generator = torch.Generator().manual_seed(
-                    seed_for(session.recipe.seed, session.split, row.row, "search", index)
-                )
-                found = list(attack.search(target, state, prompts[index], generator=generator))
-                if not found:
-                    raise UserError(f"attack {row.name!r} yielded nothing for the prompt {prompts[index]!r}")
-                _Search(found, target.queries - before).save(path)
-            searches.append(_Search.load(path))
+                seed = seed_for(session.recipe.seed, session.split, row.row, "search", index)
+                _search(attack, row, target, state, prompts[index], seed=seed).save(path)
             bar.update(index + 1)
+    parallel.barrier()
+    searches = [_Search.load(path) for path in found_in]
+    refused = [{"base_prompt": one.base_prompt, **what} for one in searches for what in one.refused]
+    if refused and parallel.is_main():
+        rundir.write_jsonl(stage.folder / "refused.jsonl", refused)
+    left = [one for one in searches if one.attempts]
+    if not left:
+        raise UserError(
+            f"every prompt that attack {row.name!r} found in the row {row.row!r} mentions a minor and was refused, as "
+            f"concept {session.concept.name!r} is for adults only; take another seed, or other prompts for the row"
+        )
     seeds = [seed_for(session.recipe.seed, session.split, row.row, i) for i in range(row.images)]
-    attempts = [_of_image(searches, i) for i in range(row.images)]
+    attempts = [_of_image(left, i) for i in range(row.images)]
     render(session, stage.folder / "images", attempts, seeds, label=f"{row.row}, {model_name}: images")
-    rundir.write_jsonl(
-        stage.folder / "attempts.jsonl",
-        [
+    parallel.barrier()
+    if parallel.is_main():
+        rows = [
             {
                 "index": i,
-                "base_prompt": prompts[i % len(prompts)],
+                "base_prompt": left[i % len(left)].base_prompt,
                 "prompt": one.prompt,
                 "negative_prompt": one.negative_prompt,
                 "seed": seeds[i],
                 "image": f"images/{i:04d}.png",
-                "queries": searches[i % len(searches)].queries,
+                "queries": left[i % len(left)].queries,
                 "record": dict(one.record),
             }
             for i, one in enumerate(attempts)
-        ],
-    )
-    stage.finish(
-        text_encoder=encoder,
-        search_needs_denoiser=attack.access > Access.TEXT or any(search.queries for search in searches),
-        search_shared=shared,
-        digest=images_digest(stage.folder / "images", row.images),
-    )
+        ]
+        rundir.write_jsonl(stage.folder / "attempts.jsonl", rows)
+        stage.finish(
+            text_encoder=encoder,
+            search_needs_denoiser=attack.access > Access.TEXT or any(search.queries for search in searches),
+            search_shared=shared,
+            refused=len(refused),
+            digest=images_digest(stage.folder / "images", row.images),
+        )
+    parallel.barrier()
+
+
+def _search(
+    attack: Any, row: AttackRow, target: Target, state: Mapping[str, torch.Tensor], prompt: str, *, seed: int
+) -> _Search:
+    """What the attack finds for one prompt. Where it asks for an image of a refused prompt, its search ends."""
+    before = target.queries
+    found: list[Attempt] = []
+    refused: list[dict[str, str]] = []
+    try:
+        for one in attack.search(target, state, prompt, generator=torch.Generator().manual_seed(seed)):
+            mentions = target.refused(one.prompt)
+            if mentions is None:
+                found.append(one)
+            else:
+                refused.append({"prompt": one.prompt, "mentions": mentions})
+    except RefusedPromptError as error:
+        refused.append({"prompt": error.prompt, "mentions": error.mentions})
+    if not found and not refused:
+        raise UserError(f"attack {row.name!r} yielded nothing for the prompt {prompt!r}")
+    return _Search(base_prompt=prompt, attempts=found, refused=refused, queries=target.queries - before)
 
 
 def _of_image(searches: Sequence[_Search], index: int) -> Attempt:
@@ -196,13 +234,21 @@ def _of_image(searches: Sequence[_Search], index: int) -> Attempt:
     return attempts[index // len(searches) % len(attempts)]
 
 
+def rendered_attempts(folder: Path, images: int) -> list[Attempt]:
+    """The attempts, learned tokens included, that the images of the finished attack in `folder` were rendered from."""
+    searches = [_Search.load(path) for path in sorted((folder / "search").glob("*.safetensors"))]
+    left = [one for one in searches if one.attempts]
+    return [_of_image(left, i) for i in range(images)]
+
+
 def _prepare(
     session: Session, row: AttackRow, stage: Stage, target: Target, knowledge: AttackConcept
 ) -> Mapping[str, torch.Tensor]:
     path = stage.folder / "state.safetensors"
-    if not path.exists():
+    if parallel.is_main() and not path.exists():
         run = session.lend(stage, session.split, row.row, "prepare")
         write_tensors(path, session.attacks[row.row].prepare(target, knowledge, run=run), {})
+    parallel.barrier()
     return read_tensors(path)[0]
 
 

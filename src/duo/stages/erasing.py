@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from duo import rundir
+from duo import parallel, rundir
 from duo.delta import Delta
 from duo.errors import UserError
 from duo.fields import as_table
@@ -34,6 +34,7 @@ def erase(session: Session) -> Delta:
                 pairs=made,
                 run=session.lend(stage, "erase", seed=session.erase_seed),
             )
-            delta.save(path)
-            stage.finish(digest=rundir.digest(path))
+            if parallel.is_main():
+                delta.save(path)
+                stage.finish(digest=rundir.digest(path))
     return Delta.load(path)

@@ -10,13 +10,13 @@ from typing import Any
 
 from PIL.Image import Image
 
-from duo import rundir
+from duo import parallel, rundir
 from duo.errors import UserError
 from duo.fields import as_table
 from duo.pairs import SIDES, PairFiles, Pairs
 from duo.plugins import Verdict
 from duo.refusal import refuse_minors
-from duo.rundir import Blocks, progress
+from duo.rundir import Blocks, Stage, progress
 from duo.stages.session import Session, seed_for
 
 
@@ -51,13 +51,20 @@ def make_pairs(session: Session) -> Pairs:
                     )
                     parts.done(rows, done)
                     bar.update(rows.stop)
-            records = parts.records()
-            rundir.write_jsonl(stage.folder / "pairs.jsonl", [row for record in records for row in record["rows"]])
-            rundir.write_jsonl(stage.folder / "rejected.jsonl", [row for one in records for row in one["rejected"]])
-            account = sum((Counter(record["account"]) for record in records), Counter[str]())
-            stage.finish(account=dict(account), digest=Pairs.read(stage.folder).digest())
-            parts.clear()
+            parallel.barrier()
+            if parallel.is_main():
+                _join(stage, parts)
     return Pairs.read(stage.folder)
+
+
+def _join(stage: Stage, parts: Blocks) -> None:
+    """What the blocks have to tell, as the stage's own files."""
+    records = parts.records()
+    rundir.write_jsonl(stage.folder / "pairs.jsonl", [row for record in records for row in record["rows"]])
+    rundir.write_jsonl(stage.folder / "rejected.jsonl", [row for one in records for row in one["rejected"]])
+    account = sum((Counter(record["account"]) for record in records), Counter[str]())
+    stage.finish(account=dict(account), digest=Pairs.read(stage.folder).digest())
+    parts.clear()
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from duo import rundir
+from duo import parallel, rundir
 from duo.errors import UserError
 from duo.plugins import Attempt
 from duo.rundir import progress
@@ -16,10 +16,13 @@ from duo.stages.session import Session
 
 
 def render(session: Session, folder: Path, attempts: Sequence[Attempt], seeds: Sequence[int], *, label: str) -> None:
-    """Render attempts to `folder/0000.png` …, by blocks; a block whose images are all there is done."""
+    """Render attempts to `folder/0000.png` …, by blocks; a block whose images are all there is done.
+
+    Of several processes each renders some of the blocks: `parallel.barrier` waits for them all.
+    """
     paths = [folder / f"{i:04d}.png" for i in range(len(attempts))]
     with progress(len(attempts), label) as bar:
-        for rows in rundir.blocks(len(attempts), session.recipe.block):
+        for rows in parallel.mine(rundir.blocks(len(attempts), session.recipe.block)):
             if not all(paths[i].exists() for i in rows):
                 for i, image in zip(rows, _generate(session, attempts, seeds, rows), strict=True):
                     rundir.write_image(paths[i], image)

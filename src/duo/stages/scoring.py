@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from PIL.Image import Image
 
-from duo import rundir, scores
+from duo import parallel, rundir, scores
 from duo.errors import UserError, did_you_mean
 from duo.fields import as_table
 from duo.plugins import Attempt, Verdict
 from duo.recipe import AttackRow
-from duo.rundir import Stage
+from duo.rundir import Blocks, Stage
 from duo.stages.attacking import attack_config
-from duo.stages.rendering import read_images, render
+from duo.stages.rendering import read_image, read_images, render
 from duo.stages.session import MODELS, UNRELATED, Session, seed_for, world_digest
+
+# Images that a judge is handed at once. A whole number of the judges' own batches, so that where a block ends changes
+# no verdict.
+JUDGED_TOGETHER = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +34,11 @@ class _Set:
     model: str
     prompts: Sequence[str]
     seeds: Sequence[int]
-    images: Sequence[Image]
+    folder: Path
+
+    @cached_property
+    def images(self) -> list[Image]:
+        return read_images(self.folder, len(self.prompts))
 
 
 def score(session: Session) -> dict[str, Any]:
@@ -54,15 +65,10 @@ def score(session: Session) -> dict[str, Any]:
         if stage.begin(config):
             attacked = [_attacked(session, row, model) for row in recipe.attacks for model in MODELS]
             probed = _probe(session, stage)
-            verdicts = {(one.name, one.model): session.judge(one.images) for one in [*attacked, *probed]}
-            survival = {(one.name, one.model): _survival(session, one) for one in probed if one.name != UNRELATED}
-            rundir.write_jsonl(
-                stage.folder / "verdicts.jsonl", _verdict_rows(session, [*attacked, *probed], verdicts, survival)
-            )
-            rundir.write_json(
-                stage.folder / "scores.json", _sections(session, [*attacked, *probed], verdicts, survival)
-            )
-            stage.finish()
+            parts = {(one.name, one.model): _judge(session, stage, one) for one in [*attacked, *probed]}
+            parallel.barrier()
+            if parallel.is_main():
+                _join(session, stage, [*attacked, *probed], parts)
     result: dict[str, Any] = rundir.read_json(stage.folder / "scores.json")
     return result
 
@@ -75,7 +81,7 @@ def _attacked(session: Session, row: AttackRow, model: str) -> _Set:
         model=model,
         prompts=[one["base_prompt"] for one in rows],
         seeds=[one["seed"] for one in rows],
-        images=read_images(folder / "images", len(rows)),
+        folder=folder / "images",
     )
 
 
@@ -92,9 +98,31 @@ def _probe(session: Session, stage: Stage) -> list[_Set]:
                 seeds = [seed_for(session.recipe.seed, session.split, "score", name, i) for i in range(n)]
                 folder = stage.folder / "images" / name / model
                 render(session, folder, [Attempt(prompt=p) for p in chosen], seeds, label=f"{name}, {model}: images")
-                images = read_images(folder, n)
-                made.append(_Set(name=name, model=model, prompts=chosen, seeds=seeds, images=images))
+                made.append(_Set(name=name, model=model, prompts=chosen, seeds=seeds, folder=folder))
+    parallel.barrier()
     return made
+
+
+def _judge(session: Session, stage: Stage, one: _Set) -> Blocks:
+    """The judge's verdicts of one set, by blocks: those that are done already, by whichever process, are left."""
+    parts = Blocks(stage.folder / "blocks" / one.name / one.model, n=len(one.prompts), size=JUDGED_TOGETHER)
+    for rows in parts.pending():
+        images = [read_image(one.folder / f"{i:04d}.png") for i in rows]
+        parts.done(rows, {"verdicts": [as_table(verdict) for verdict in session.judge(images)]})
+    return parts
+
+
+def _join(session: Session, stage: Stage, sets: Sequence[_Set], parts: Mapping[tuple[str, str], Blocks]) -> None:
+    """From the blocks' verdicts to the stage's own files."""
+    verdicts = {
+        key: [Verdict(**verdict) for record in blocks.records() for verdict in record["verdicts"]]
+        for key, blocks in parts.items()
+    }
+    survival = {(one.name, one.model): _survival(session, one) for one in sets if one.name in session.near_misses}
+    rundir.write_jsonl(stage.folder / "verdicts.jsonl", _verdict_rows(session, sets, verdicts, survival))
+    rundir.write_json(stage.folder / "scores.json", _sections(session, sets, verdicts, survival))
+    stage.finish(judged_together=JUDGED_TOGETHER)
+    shutil.rmtree(stage.folder / "blocks", ignore_errors=True)
 
 
 def _survival(session: Session, one: _Set) -> list[bool]:
@@ -162,7 +190,9 @@ def _sections(
         "world_digest": world_digest(recipe, session.concept),
         "attacks": attacks,
         "preservation": _preservation(session, of[UNRELATED, "original"], of[UNRELATED, "erased"]),
-        "attributes": {
+        "attributes": None
+        if session.adherence is None
+        else {
             name: {model: _shares(_adherence(session, of[source, model])) for model in MODELS}
             for name, source in asked.items()
         },
@@ -178,7 +208,9 @@ def _shares(right: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
     return {name: scores.share(values) for name, values in right.items() if values}
 
 
-def _preservation(session: Session, original: _Set, erased: _Set) -> dict[str, Any]:
+def _preservation(session: Session, original: _Set, erased: _Set) -> dict[str, Any] | None:
+    if session.preservation is None:
+        return None
     metric = session.preservation()
     metric.update(images=erased.images, references=original.images, prompts=erased.prompts)
     return {"metric": metric.name, **scores.mean(metric.compute(), seed=session.recipe.seed)}

@@ -6,7 +6,7 @@ import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from duo import plugins, rundir
+from duo import parallel, plugins, rundir
 from duo.concept import Concept, NearMiss, load_concept
 from duo.delta import Delta
 from duo.errors import UserError, did_you_mean
 from duo.fields import as_table
 from duo.models import EMBEDDED, load_family, usable_device
-from duo.plugins import Family, Judge, Metric
-from duo.recipe import Recipe
+from duo.plugins import Family, Judge, Metric, Precision
+from duo.precision import prepare_denoiser
+from duo.recipe import NOT_MEASURED, Recipe
 from duo.rundir import RunDir, Stage, StageRun
 
 MODELS = ("original", "erased")
@@ -66,7 +67,7 @@ class Session:
     ) -> None:
         self.dir = RunDir(out)
         self.command = command
-        self.device = usable_device(device)
+        self.device = usable_device(parallel.start(str(device)))
         self._model = model
         self.concept: Concept = load_concept(recipe.concept)
         self.method = recipe.method.make("methods", "method")
@@ -79,10 +80,9 @@ class Session:
             for name, near in self.near_misses.items()
             if near.judge is not None
         }
-        self.preservation: type[Metric] = plugins.load("metrics", recipe.score.preservation)
-        self.adherence: Any = plugins.load("metrics", recipe.score.adherence)
-        if not hasattr(self.adherence, "by_attribute"):
-            raise UserError(f"score.adherence: the metric {recipe.score.adherence!r} does not tell attributes apart")
+        self.preservation: type[Metric] | None = self._metric("preservation")
+        self.adherence: Any = self._metric("adherence")
+        self._check_adherence()
         for name in (UNRELATED, *(row.prompts for row in recipe.attacks)):
             self.prompts(name)
         self._check_names()
@@ -90,7 +90,15 @@ class Session:
     @cached_property
     def model(self) -> Family:
         """The model before the erasure."""
-        return self._model or load_family(self.recipe.model, device=self.device, config=self.recipe.model_config)
+        precision = self.recipe.precision
+        model = self._model or load_family(
+            self.recipe.model,
+            device=self.device,
+            dtype=getattr(torch, precision.weights),
+            config=self.recipe.model_config,
+        )
+        prepare_denoiser(model, precision)
+        return model
 
     @property
     def split(self) -> str:
@@ -120,24 +128,40 @@ class Session:
             "concept": {"name": self.concept.name, "digest": rundir.digest(as_table(self.concept))},
             "seed": recipe.seed,
             "sampling": as_table(recipe.sampling),
+            # Only where it says something, so that runs from before there was such a table can be gone on with.
+            **({} if recipe.precision == Precision() else {"precision": as_table(recipe.precision)}),
         }
 
     @contextmanager
     def at_work(self, stage: str) -> Iterator[None]:
-        """Hold the run folder, describe the run, and time the stage."""
-        with self.dir.locked():
-            self.dir.describe(
-                {
-                    "command": self.command,
-                    "recipe": as_table(self.recipe),
-                    "seed": self.recipe.seed,
-                    "versions": _versions(),
-                    "world_digest": world_digest(self.recipe, self.concept),
-                },
-                fixed=FIXED,
-            )
-            with self.dir.timed(stage):
+        """Hold the run folder, describe the run, and time the stage: the main process, for all of them.
+
+        All begin and end the stage together, and where one fails the others stop too.
+        """
+        try:
+            with ExitStack() as held:
+                if parallel.is_main():
+                    held.enter_context(self.dir.locked())
+                    self._describe()
+                    held.enter_context(self.dir.timed(stage))
+                parallel.barrier()
                 yield
+                parallel.barrier()
+        except BaseException:
+            parallel.stop()
+            raise
+
+    def _describe(self) -> None:
+        self.dir.describe(
+            {
+                "command": self.command,
+                "recipe": as_table(self.recipe),
+                "seed": self.recipe.seed,
+                "versions": _versions(),
+                "world_digest": world_digest(self.recipe, self.concept),
+            },
+            fixed=FIXED,
+        )
 
     @contextmanager
     def as_model(self, name: str) -> Iterator[None]:
@@ -151,7 +175,36 @@ class Session:
     def lend(self, stage: Stage, *purpose: str, seed: int | None = None) -> StageRun:
         """What a leaf gets of a stage; its seed is derived from `seed`, or the recipe's where None."""
         base = self.recipe.seed if seed is None else seed
-        return StageRun(folder=stage.folder, seed=seed_for(base, *purpose), device=self.model.device)
+        return StageRun(
+            folder=stage.folder,
+            seed=seed_for(base, *purpose),
+            device=self.model.device,
+            precision=self.recipe.precision,
+        )
+
+    def _metric(self, field: str) -> Any:
+        """The metric that a field of `score` names, or None where it says that there is none."""
+        name = getattr(self.recipe.score, field)
+        if name == NOT_MEASURED:
+            return None
+        if name.startswith(EMBEDDED[0]) and not _in_the_world(self.recipe, self.concept):
+            raise UserError(
+                f"score.{field} is {name!r}, which knows the embedded world alone; name a metric for "
+                f"{self.recipe.model!r}, or {NOT_MEASURED!r} to go without"
+            )
+        return plugins.load("metrics", name)
+
+    def _check_adherence(self) -> None:
+        """Near misses that are told by an attribute need the metric; those that a judge tells do not."""
+        name = self.recipe.score.adherence
+        if self.adherence is not None and not hasattr(self.adherence, "by_attribute"):
+            raise UserError(f"score.adherence: the metric {name!r} does not tell attributes apart")
+        told = next((miss for miss, near in self.near_misses.items() if near.attribute is not None), None)
+        if self.adherence is None and told is not None:
+            raise UserError(
+                f"concept {self.concept.name}: near_miss.{told} is told by an attribute, but score.adherence is "
+                f"{name!r}; name a metric there, give the near miss a judge, or set score.near_miss to 0"
+            )
 
     def _check_names(self) -> None:
         """Attack rows, near misses and `unrelated` share the names of folders and of sets in `verdicts.jsonl`."""
@@ -192,8 +245,13 @@ def _versions() -> dict[str, str]:
 
 def world_digest(recipe: Recipe, concept: Concept) -> str | None:
     """The digest of the embedded world (renderer, language, splits, judges); None where it has no part in a run."""
-    if recipe.model not in EMBEDDED and concept.judge.name != "toybox":
+    if not _in_the_world(recipe, concept):
         return None
     from duo import toybox
 
     return toybox.world_digest()
+
+
+def _in_the_world(recipe: Recipe, concept: Concept) -> bool:
+    """Whether a run is of the embedded world: by its model, or, where that was saved elsewhere, by its judge."""
+    return recipe.model in EMBEDDED or concept.judge.name == EMBEDDED[0]

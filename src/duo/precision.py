@@ -1,0 +1,114 @@
+"""Memory and rounding of a denoiser: autocast with a way out of it, networks that wait elsewhere, 8-bit moments.
+
+The prior term of DUO is λ·‖f_θ(x_T) − f_φ(x_T)‖² with λ up to 5e6: the difference of two outputs of size about 1 that
+were rounded has a mean square of about eps²/24 even where they are the same function, so λ times that is a floor which
+no training lowers: 0.2 in float16, 13 in bfloat16, beside a preference term that starts at log 2. Hence `unrounded`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duo.errors import UserError
+from duo.plugins import Family, Precision
+
+LARGEST_FLOOR = 0.05  # of the prior term, beside log 2 ≈ 0.69
+
+
+class _Autocast:
+    """A module's `forward` under autocast; its output, a tensor or a tuple that begins with one, is float32."""
+
+    def __init__(self, forward: Callable[..., Any], *, device: str, dtype: torch.dtype) -> None:
+        self.plain, self._device, self._dtype = forward, device, dtype
+        self.enabled = True
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        with torch.autocast(self._device, dtype=self._dtype) if self.enabled else nullcontext():
+            output = self.plain(*arguments, **named)
+        if isinstance(output, tuple):
+            return (output[0].float(), *output[1:])
+        return output.float() if isinstance(output, Tensor) else output
+
+
+def prepare_denoiser(model: Family, precision: Precision) -> None:
+    """Make the model's denoiser compute as `precision` says. Nothing is changed where it says nothing."""
+    denoiser: Any = model.denoiser
+    if precision.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    forward = denoiser.forward
+    if isinstance(forward, _Autocast):  # of an earlier session with the same model
+        forward = denoiser.forward = forward.plain
+    if precision.dtype != "float32" and precision.weights == "float32":
+        denoiser.forward = _Autocast(forward, device=model.device.type, dtype=getattr(torch, precision.dtype))
+    if precision.torch_compile:
+        denoiser.compile()
+
+
+def rounds(denoiser: nn.Module) -> bool:
+    """Whether the denoiser computes under autocast, so that the prior term needs a pass of its own."""
+    return isinstance(denoiser.forward, _Autocast)
+
+
+@contextmanager
+def unrounded(denoiser: nn.Module) -> Iterator[None]:
+    """Within the context a denoiser under autocast computes in its weights' own dtype."""
+    cast: Any = denoiser.forward
+    if not isinstance(cast, _Autocast):
+        yield
+        return
+    cast.enabled = False
+    try:
+        yield
+    finally:
+        cast.enabled = True
+
+
+def check_prior(prior_weight: float, precision: Precision) -> None:
+    """Raise `UserError` where the rounding of frozen weights in half precision would drown the preference term."""
+    eps = torch.finfo(getattr(torch, precision.weights)).eps
+    floor = prior_weight * eps**2 / 24
+    if floor > LARGEST_FLOOR:
+        raise UserError(
+            f"precision.weights is {precision.weights!r}, whose rounding alone makes the prior term about {floor:.2g} "
+            f"at prior_weight {prior_weight:g}; keep weights float32 and set precision.dtype, or lower prior_weight"
+        )
+
+
+@contextmanager
+def waiting(modules: Iterable[nn.Module], *, device: torch.device, offload: bool) -> Iterator[None]:
+    """Within the context `modules` lie on the CPU, where `offload` says so; afterwards on `device` again."""
+    moved = list(modules) if offload else []
+    try:
+        for module in moved:
+            module.to("cpu")
+        if moved and device.type == "cuda":
+            torch.cuda.empty_cache()
+        yield
+    finally:
+        for module in moved:
+            module.to(device)
+
+
+def adamw(parameters: nn.ParameterList, *, learning_rate: float, weight_decay: float, eight_bit: bool) -> Any:
+    """AdamW with β 0.9 and 0.999: torch's, or that of bitsandbytes with moments of 8 bits (Dettmers et al. 2022)."""
+    if not eight_bit:
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    check_8bit()
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+
+def check_8bit() -> None:
+    """Raise `UserError` where bitsandbytes is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "precision.optimizer_8bit needs bitsandbytes, which is not installed: pip install bitsandbytes, or set it "
+            "to false"
+        )

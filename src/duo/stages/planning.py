@@ -1,0 +1,237 @@
+"""What a run would do and cost, before it does: counts from the recipe, time and memory from a measured step."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from duo.pairs import Pairs
+from duo.plugins import Access, Precision
+from duo.stages.session import MODELS, UNRELATED, Session
+
+BACKWARD = 2  # a backward pass costs about as much as two forward ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one part of a run sends through the networks, in rows: an image or a prompt in one forward pass.
+
+    `trained` are rows of the denoiser's forward that also go backward; they are counted in `denoiser` too.
+    """
+
+    name: str
+    images: int = 0
+    denoiser: int = 0
+    trained: int = 0
+    vae: int = 0
+    text: int = 0
+    steps: int = 0  # of the method, whose time is measured by the step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One step on this device, in seconds: a row of the denoiser, what else an image takes, a step of training.
+
+    `memory` is the most bytes that were held while it was measured, `on` where. `first` and `each` are the denoiser's
+    rows of one image: for the first step and each (a scheduler may need a step more; guidance has two rows).
+    """
+
+    row: float
+    image: float
+    step: float | None
+    memory: int
+    on: str
+    first: float
+    each: float
+
+    def rows(self, steps: int) -> float:
+        """The denoiser's rows for one image of so many sampling steps."""
+        return self.first + self.each * steps
+
+
+def plan(session: Session) -> list[str]:
+    """The plan in lines to print. Nothing is written to the run folder, and no image of the recipe is made."""
+    measured = _measure(session)
+    parts = list(_work(session, measured))
+    heading = f"{'':34}{'images':>8}{'denoiser':>11}{'backward':>10}{'VAE':>8}{'text enc.':>11}{'time':>10}"
+    lines = [f"{session.recipe.method.name} on {session.recipe.model}, {session.device}; nothing is written", heading]
+    times = [_seconds(one, measured) for one in parts]
+    for one, seconds in zip([*parts, _total(parts)], [*times, sum(times)], strict=True):
+        counts = f"{one.images:>8}{one.denoiser:>11}{one.trained:>10}{one.vae:>8}{one.text:>11}"
+        lines.append(f"{one.name:34}{counts}{_clock(seconds):>10}")
+    step = "not measured: the method has no steps" if measured.step is None else f"{measured.step:.3g} s a step"
+    lines += [
+        "rows in one forward pass each; pairs at their least: every rejected image is one more",
+        f"measured: denoiser {measured.row:.3g} s a row, the rest of an image {measured.image:.3g} s, training {step}",
+        f"memory: {measured.memory / 2**30:.2f} GiB at most on {measured.on} in the measured steps",
+    ]
+    return lines
+
+
+def _work(session: Session, measured: Measured) -> Iterator[Work]:
+    recipe, concept = session.recipe, session.concept
+    steps = recipe.sampling.num_inference_steps
+    rows = measured.rows(steps)
+    n = recipe.pairs.n
+    if not recipe.pairs.brought:
+        edited = measured.rows(int((recipe.pairs.strength or 1) * steps))
+        texts = len({*concept.pairs.unsafe, *concept.pairs.safe, ""})
+        yield Work(name="pairs", images=2 * n, denoiser=round(n * (rows + edited)), vae=3 * n, text=texts)
+    yield Work(name="erase", **_passes(session.method, n))
+    if any(attack.access >= Access.GRADIENT for attack in session.attacks.values()):
+        m = recipe.attack_images
+        yield Work(name="attack: images to learn from", images=m, denoiser=round(m * rows), vae=m, text=m)
+    for row in recipe.attacks:
+        prompts = min(len(session.prompts(row.prompts)[: row.searches]), row.images)
+        images = len(MODELS) * row.images
+        searched = _passes(session.attacks[row.row], prompts)
+        searched = {name: len(MODELS) * count for name, count in searched.items()}
+        yield Work(
+            name=f"attack: {row.row}",
+            images=images,
+            denoiser=round(images * rows) + searched.get("denoiser", 0),
+            trained=searched.get("trained", 0),
+            vae=images + searched.get("vae", 0),
+            text=len(MODELS) * prompts + searched.get("text", 0),
+        )
+    sets = [len(session.prompts(UNRELATED)), *(len(near.prompts) for near in session.near_misses.values())]
+    images = len(MODELS) * (recipe.score.unrelated + recipe.score.near_miss * len(session.near_misses))
+    yield Work(name="score", images=images, denoiser=round(images * rows), vae=images, text=sum(sets))
+
+
+def _passes(leaf: Any, n: int) -> dict[str, int]:
+    """What a method needs for n pairs, or an attack's search for n prompts: of leaves that say so, by `passes`."""
+    passes: Mapping[str, int] = leaf.passes(n) if hasattr(leaf, "passes") else {}
+    return dict(passes)
+
+
+def _total(parts: list[Work]) -> Work:
+    counts = ("images", "denoiser", "trained", "vae", "text")
+    return Work(name="total", **{name: sum(getattr(one, name) for one in parts) for name in counts})
+
+
+def _seconds(work: Work, measured: Measured) -> float:
+    """Searches by the text encoder alone take no part: it is small beside the denoiser."""
+    if work.steps and measured.step is not None:
+        return work.steps * measured.step
+    return measured.row * (work.denoiser + BACKWARD * work.trained) + measured.image * work.images
+
+
+# --- measuring --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Meter:
+    """Rows that a module was given, and the seconds that it took for them."""
+
+    rows: int = 0
+    seconds: float = 0.0
+
+    @contextmanager
+    def on(self, module: nn.Module, device: torch.device) -> Iterator[None]:
+        began = [0.0]
+
+        def before(_module: nn.Module, arguments: Any, named: Any) -> None:
+            self.rows += len(arguments[0] if arguments else named["hidden_states"])
+            began[0] = _now(device)
+
+        def after(*_: Any) -> None:
+            self.seconds += _now(device) - began[0]
+
+        hooks = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _measure(session: Session) -> Measured:
+    """Two and three sampling steps of one block, and two training steps on made-up pairs, the last of each timed."""
+    model, recipe = session.model, session.recipe
+    if session.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(session.device)
+    block = recipe.block
+    meters = []
+    for steps in (2, 3):  # the first also warms up
+        meter, began = _Meter(), _now(session.device)
+        with meter.on(model.denoiser, session.device):
+            images = model.generate(
+                [""] * block,
+                seeds=list(range(block)),
+                sampling=replace(recipe.sampling, num_inference_steps=steps),
+                negative_prompts=[""] * block,
+            )
+        took = _now(session.device) - began
+        meters.append(meter)
+    each = (meters[1].rows - meters[0].rows) / block
+    return Measured(
+        row=meters[1].seconds / meters[1].rows,
+        image=max(0.0, took - meters[1].seconds) / block,
+        step=_training_step(session, images[0].size),
+        memory=_most_memory(session.device),
+        on=str(session.device),
+        first=meters[0].rows / block - 2 * each,
+        each=each,
+    )
+
+
+def _training_step(session: Session, size: tuple[int, int]) -> float | None:
+    """Seconds of the second training step of the recipe's method, in a folder that is thrown away."""
+    method: Any = session.method
+    if not hasattr(method, "max_train_steps"):
+        return None
+    n = max(2, getattr(method, "train_batch_size", 2))
+    grey, black = (Image.new("RGB", size, colour) for colour in ("grey", "black"))
+    pairs = Pairs(names=[str(i) for i in range(n)], unsafe=[grey] * n, safe=[black] * n)
+    with tempfile.TemporaryDirectory() as folder:
+        run = _Stopwatch(Path(folder), session)
+        replace(method, max_train_steps=2).erase(session.model, session.concept, pairs=pairs, run=run)
+    return run.times[-1] - run.times[-2] if len(run.times) > 1 else None
+
+
+class _Stopwatch:
+    """A `duo.plugins.Run` that keeps when each step was logged, and nothing else."""
+
+    def __init__(self, folder: Path, session: Session) -> None:
+        self.folder, self.seed, self.device = folder, 0, session.device
+        self.precision: Precision = session.recipe.precision
+        self.times: list[float] = []
+
+    def progress(self, total: int, label: str) -> Any:
+        return nullcontext(self)
+
+    def update(self, step: int, **numbers: float) -> None:
+        """Nobody looks."""
+
+    def log(self, **numbers: float | int | str) -> None:
+        self.times.append(_now(self.device))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _most_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
