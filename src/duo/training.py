@@ -121,8 +121,8 @@ def fit(
     what is told) of the whole batch; gradients are summed before the step.
 
     Every `checkpointing_steps`, and at the end, the state goes to `folder`; the last two are kept and a run starts from
-    the newest. `record` (JSON values) is kept with it: a run with another one is refused. A loss or gradient that is not
-    finite stops the run before it touches the parameters.
+    the newest. `record` (JSON values) is kept with it: a run with another one is refused. A loss or gradient that is
+    not finite stops the run before it touches the parameters.
     """
     optimizer = adamw(parameters, learning_rate=learning_rate, weight_decay=weight_decay, eight_bit=optimizer_8bit)
     generator = torch.Generator().manual_seed(seed)
