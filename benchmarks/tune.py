@@ -83,6 +83,9 @@ SECOND = (
     (240, _LARGE),
     (150, {**_LARGE, "beta": 50.0}),
     (120, {**_LARGE, "beta": 50.0, "prior_weight": 300.0, "targets": ["self_attention"], "positive_penalty": 0.0}),
+    (120, {**_LARGE, "positive_penalty": 1.0}),
+    (120, {**_LARGE, "prior_weight": 10.0}),
+    (120, {**_LARGE, "targets": ["self_attention"], "positive_penalty": 0.0}),
 )
 IMAGES = 30  # of each validation set
 DIVERGED = 10.0  # the objective of a trial that diverged: above any that can be measured
