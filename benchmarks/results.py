@@ -31,8 +31,7 @@ from duo.report.records import Mean
 from duo.rundir import read_json, write_image, write_json
 
 SEEDS = (0, 1, 2)
-BETAS = (5.0, 20.0, 80.0)
-SWEPT = ("toybox-fire", "toybox-fire-published")
+SWEPT = {"toybox-fire": (5.0, 20.0, 80.0), "toybox-fire-published": (20.0, 80.0)}  # recipe → β
 SWEEP_ROWS, SWEEP_IMAGES = ("prompts", "prompts_held_out_words"), 120
 
 
@@ -126,8 +125,8 @@ def picture(run_folder: Path, path: Path) -> None:
 def sweep(out: Path, docs: Path, workers: int) -> None:
     """β against detection and preservation, for the published objective and for the demo's."""
     jobs = []
-    for name in SWEPT:
-        for beta in BETAS:
+    for name, betas in SWEPT.items():
+        for beta in betas:
             recipe = load_recipe(
                 name, overrides=[f"method.beta={beta}", f"score.unrelated={SWEEP_IMAGES}", "score.near_miss=0"]
             )
