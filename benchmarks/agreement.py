@@ -39,7 +39,7 @@ def draw(tune: Path, out: Path) -> None:
     deltas = sorted(tune.glob("*/delta.safetensors"))
     sources = [None] * EACH + [deltas[i % len(deltas)] for i in range(EACH)]
     jobs: dict[Path | None, list[tuple[int, str]]] = {}
-    order = np.random.default_rng(11).permutation(len(sources))
+    order = np.random.default_rng(12).permutation(len(sources))
     for number, index in enumerate(order.tolist()):
         prompts = concept.prompt_set(SETS[index % len(SETS)], validation=True)
         jobs.setdefault(sources[index], []).append((number, prompts[index % len(prompts)]))
@@ -48,7 +48,7 @@ def draw(tune: Path, out: Path) -> None:
         with Delta.load(source).attached(model) if source else nullcontext():
             images = model.generate(
                 [prompt for _, prompt in rows],
-                seeds=[90_000 + number for number, _ in rows],
+                seeds=[190_000 + number for number, _ in rows],
                 sampling=recipe.sampling,
             )
         for (number, prompt), image in zip(rows, images, strict=True):

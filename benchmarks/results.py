@@ -31,7 +31,7 @@ from duo.report.records import Mean
 from duo.rundir import read_json, write_image, write_json
 
 SEEDS = (0, 1, 2)
-BETAS = {"toybox-fire": (5.0, 10.0, 20.0, 50.0, 100.0), "toybox-fire-published": (5.0, 10.0, 20.0, 50.0, 100.0)}
+SWEPT = {"toybox-fire": (5.0, 20.0, 80.0), "toybox-fire-published": (20.0, 80.0)}  # recipe → β
 SWEEP_ROWS, SWEEP_IMAGES = ("prompts", "prompts_held_out_words"), 120
 
 
@@ -42,10 +42,13 @@ def machine() -> dict[str, str]:
     return {"machine": f"{processor}, {os.cpu_count()} cores", "commit": commit}
 
 
-def one(recipe: Recipe, out: Path, originals: Path | None) -> dict[str, Any]:
-    """A whole run in `out`; what the original model draws is taken over from the run `originals`."""
+def one(recipe: Recipe, out: Path, originals: Path | None, same_pairs: bool = False) -> dict[str, Any]:
+    """A whole run in `out`; what the original model draws is taken over from the run `originals`, and so are its pairs
+    where only the training differs."""
     torch.set_num_threads(1)
     if originals is not None:
+        if same_pairs:
+            _take(originals / "pairs", out / "pairs")
         for folder in [*originals.glob("attack/*/original"), originals / "attack/images"]:
             _take(folder, out / folder.relative_to(originals))
         for folder in originals.glob("score/images/*/original"):
@@ -122,7 +125,7 @@ def picture(run_folder: Path, path: Path) -> None:
 def sweep(out: Path, docs: Path, workers: int) -> None:
     """β against detection and preservation, for the published objective and for the demo's."""
     jobs = []
-    for name, betas in BETAS.items():
+    for name, betas in SWEPT.items():
         for beta in betas:
             recipe = load_recipe(
                 name, overrides=[f"method.beta={beta}", f"score.unrelated={SWEEP_IMAGES}", "score.near_miss=0"]
@@ -131,7 +134,9 @@ def sweep(out: Path, docs: Path, workers: int) -> None:
             jobs.append((name, beta, replace(recipe, attacks=rows), out / f"sweep-{name}-{beta:g}"))
     one(jobs[0][2], jobs[0][3], None)
     with ProcessPoolExecutor(workers) as pool:
-        reports = list(pool.map(one, [j[2] for j in jobs], [j[3] for j in jobs], [jobs[0][3]] * len(jobs)))
+        reports = list(
+            pool.map(one, [j[2] for j in jobs], [j[3] for j in jobs], [jobs[0][3]] * len(jobs), [True] * len(jobs))
+        )
     points = []
     for (name, beta, _, _), report in zip(jobs, reports, strict=True):
         for row in report["attacks"]:

@@ -68,9 +68,24 @@ REFINED = {
 # The second search: judges that know what erasing leaves (so that *corrupted* says what the eye says), pairs in which
 # near misses stay, and rates that decay. Each is (steps, configuration); docs/search.md has the reasons.
 _DECAY = {**_WIDE, "timestep_range": [0.4, 1.0], "learning_rate": 5e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 20}
+# Four pairs a step leave the direction of the erasure to chance; sixteen average over noise and timesteps.
+_LARGE = {**_DECAY, "learning_rate": 1e-3, "timestep_range": [0.3, 1.0], "train_batch_size": 16}
 SECOND = (
     (300, _DECAY),
     (300, {**_DECAY, "positive_penalty": 10.0}),
+    (300, {**_DECAY, "learning_rate": 1e-3}),
+    (300, {**_DECAY, "learning_rate": 1e-3, "beta": 5.0}),
+    (300, {**_DECAY, "learning_rate": 1e-3, "positive_penalty": 1.0, "prior_weight": 300.0}),
+    (300, {**_DECAY, "learning_rate": 1e-3, "positive_penalty": 1.0, "beta": 50.0}),
+    (300, {**_DECAY, "learning_rate": 1e-3, "positive_penalty": 1.0, "timestep_range": [0.5, 1.0]}),
+    (120, _LARGE),
+    (100, {**_LARGE, "train_batch_size": 32}),
+    (240, _LARGE),
+    (150, {**_LARGE, "beta": 50.0}),
+    (120, {**_LARGE, "beta": 50.0, "prior_weight": 300.0, "targets": ["self_attention"], "positive_penalty": 0.0}),
+    (120, {**_LARGE, "positive_penalty": 1.0}),
+    (120, {**_LARGE, "prior_weight": 10.0}),
+    (120, {**_LARGE, "targets": ["self_attention"], "positive_penalty": 0.0}),
 )
 IMAGES = 30  # of each validation set
 DIVERGED = 10.0  # the objective of a trial that diverged: above any that can be measured

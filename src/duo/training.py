@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from duo import parallel
-from duo.checkpoint import load_training_state, save_training_state
+from duo.checkpoint import load_training_state, read_tensors, save_training_state
 from duo.errors import UserError
 from duo.precision import adamw
 
@@ -209,14 +209,12 @@ def _resume(
     if not found:
         return 0
     newest = found[-1]
-    try:
-        step, kept = load_training_state(
-            newest, modules={"adapter": parameters}, optimizer=optimizer, generator=generator
-        )
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"{newest} cannot be resumed from ({error}); delete it to go on from the one before") from error
-    before: Any = kept["run"]
+    before: Any = read_tensors(newest)[1].get("run", {})
     if before != dict(record):
         changed = sorted(key for key in {*before, *record} if before.get(key) != record.get(key))
         raise UserError(f"{newest} was made with another {', '.join(changed)}; name a new --out or undo the change")
+    try:
+        step, _ = load_training_state(newest, modules={"adapter": parameters}, optimizer=optimizer, generator=generator)
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{newest} cannot be resumed from ({error}); delete it to go on from the one before") from error
     return step

@@ -33,7 +33,7 @@ def attack(session: Session) -> None:
     """
     with session.at_work("attack"):
         erased = session.dir.stage("erase").require("erase")["digest"]
-        knowledge = _attack_concept(session)
+        knowledge = attack_concept(session)
         for model_name in MODELS:
             todo = []
             for row in session.recipe.attacks:
@@ -58,7 +58,7 @@ def attack_config(session: Session, row: AttackRow, model_name: str, erasure: st
     }
 
 
-def _attack_concept(session: Session) -> AttackConcept:
+def attack_concept(session: Session) -> AttackConcept:
     """The concept as attackers know it; images only where an attack trains on the model."""
     learns = any(attack.access >= Access.GRADIENT for attack in session.attacks.values())
     images, captions = _attack_images(session) if learns else ([], [])
