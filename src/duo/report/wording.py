@@ -12,9 +12,8 @@ from duo.report.records import Attack, AttackRow, Mean, Scores
 ALL_ATTRIBUTES = "all"  # the attribute that is right when every other one is
 HEADLINE_ROW = "prompts"
 TOYBOX_JUDGES = (
-    "Compared with 216 labels given by eye, the embedded judges are right on intact scenes, but on erased models they "
-    "took 8 of 9 remnants that the eye called fire for spoiled, and 49 of 65 spoiled scenes for intact. So spoiled "
-    "images may still show it, and there are more of them than counted."
+    "Compared with 216 labels given by eye, the embedded judge of fire that scores agrees in 88%, on erased models in "
+    "78%: there it took 14 of 48 spoiled scenes for intact, 6 of 53 intact ones for spoiled, and 1 of 7 fires for spoiled."
 )
 STRONGEST_NAMED = 3
 
