@@ -192,6 +192,7 @@ def train_two_steps(model: Any, folder: Path, *, targets: tuple[str, ...]) -> An
 
     from duo.methods.duo import Duo
     from duo.pairs import Pairs
+    from duo.plugins import Precision
 
     @contextmanager
     def progress(total: int, label: str) -> Any:
@@ -199,7 +200,12 @@ def train_two_steps(model: Any, folder: Path, *, targets: tuple[str, ...]) -> An
 
     rows: list[dict[str, Any]] = []
     run = SimpleNamespace(
-        folder=folder, seed=1, device=model.device, progress=progress, log=lambda **numbers: rows.append(numbers)
+        folder=folder,
+        seed=1,
+        device=model.device,
+        precision=Precision(),
+        progress=progress,
+        log=lambda **numbers: rows.append(numbers),
     )
     pairs = Pairs(names=["0.png", "1.png"], unsafe=[picture(0), picture(1)], safe=[picture(2), picture(3)])
     method = Duo(
