@@ -13,7 +13,8 @@ ALL_ATTRIBUTES = "all"  # the attribute that is right when every other one is
 HEADLINE_ROW = "prompts"
 TOYBOX_JUDGES = (
     "Compared with 216 labels given by eye, the embedded judge of fire that scores agrees in 88%, on erased models in "
-    "78%: there it took 14 of 48 spoiled scenes for intact, 6 of 53 intact ones for spoiled, and 1 of 7 fires for spoiled."
+    "78%: there it took 14 of 48 spoiled scenes for intact, 6 of 53 intact ones for spoiled, and 1 of 7 fires for "
+    "spoiled."
 )
 STRONGEST_NAMED = 3
 
