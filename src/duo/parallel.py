@@ -99,11 +99,16 @@ def once(act: Callable[[], T]) -> T:
         return act()
     key = _meeting().next_key("once")
     if is_main():
-        value = act()
-        _meeting().store.set(key, json.dumps(value))
-        return value
-    _meeting().wait(lambda: _meeting().store.check([key]))
-    result: T = json.loads(_meeting().store.get(key))
+        try:
+            result = act()
+        except BaseException:
+            stop()
+            raise
+        _meeting().store.set(key, json.dumps(result))
+    else:
+        _meeting().wait(lambda: _meeting().store.check([key]))
+        result = json.loads(_meeting().store.get(key))
+    barrier()  # the main process may end next, and the store with it
     return result
 
 
