@@ -21,9 +21,9 @@ from duo import Session, load_recipe
 from duo.plugins import Attempt
 from duo.rundir import StageRun, write_json
 from duo.scores import share
+from duo.seeds import seed_for
 from duo.stages.attacking import attack_concept
 from duo.stages.rendering import read_images, render
-from duo.stages.session import seed_for
 from duo.target import Target
 from duo.toybox import world_digest
 

@@ -233,3 +233,71 @@ def test_a_file_that_is_no_delta(tmp_path: Path) -> None:
         Delta(kind=kind, component=component, tensors={"a": torch.ones(1)}, record={}).save(path)
         with pytest.raises(UserError, match="not a delta"):
             Delta.load(path)
+
+
+# --- whole weights ---------------------------------------------------------------------------------
+
+
+def tuned_delta(model, scope: str = "text_inputs", *, seed: int = 0) -> tuple[Delta, torch.Tensor]:
+    """A delta of kind "weights" after a random change, and what the changed model predicted."""
+    from duo.training import tune_weights
+
+    with tune_weights(model.denoiser, list(model.layers(scope))) as tuned:
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in tuned.parameters:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+        changed = outputs(model)
+        with tuned.disabled():
+            frozen = outputs(model)
+        tensors = tuned.differences()
+    assert torch.equal(frozen, outputs(model))
+    return Delta(kind="weights", component=model.component, tensors=tensors, record={"model": model.name}), changed
+
+
+def test_whole_weights_are_attached_and_merged(tiny_sd, tmp_path: Path) -> None:
+    before, pointers = outputs(tiny_sd), [p.data_ptr() for p in tiny_sd.denoiser.parameters()]
+    delta, changed = tuned_delta(tiny_sd, "convolutions")  # which have biases
+    assert any(name.endswith("bias.diff") for name in delta.tensors)
+    assert [p.data_ptr() for p in tiny_sd.denoiser.parameters()] == pointers
+    assert not any(p.requires_grad for p in tiny_sd.denoiser.parameters())
+    delta.save(tmp_path / "delta.safetensors")
+    delta = Delta.load(tmp_path / "delta.safetensors")
+    assert delta.layers() == sorted(tiny_sd.layers("convolutions"))
+    with delta.attached(tiny_sd):
+        torch.testing.assert_close(outputs(tiny_sd), changed, atol=1e-5, rtol=1e-5)
+    assert torch.equal(outputs(tiny_sd), before)
+    assert (changed - before).abs().max() > 1e-2
+    delta.merge(tiny_sd)
+    torch.testing.assert_close(outputs(tiny_sd), changed, atol=1e-5, rtol=1e-5)
+
+
+def test_whole_weights_add_up(tiny_sd) -> None:
+    (first, _), (second, _) = tuned_delta(tiny_sd), tuned_delta(tiny_sd, "self_attention", seed=1)
+    both = compose([first, second, first], [0.5, 1.0, 0.25])
+    name = next(iter(first.tensors))
+    torch.testing.assert_close(both.tensors[name], 0.75 * first.tensors[name])
+    with first.attached(tiny_sd, weight=0.75), second.attached(tiny_sd):
+        wanted = outputs(tiny_sd)
+    with both.attached(tiny_sd):
+        torch.testing.assert_close(outputs(tiny_sd), wanted, atol=1e-5, rtol=1e-5)
+    lora, _ = random_lora(tiny_sd)
+    with pytest.raises(UserError, match="of different kinds, 'weights' and 'lora'"):
+        compose([first, lora])
+
+
+def test_whole_weights_of_another_model_are_refused(tiny_sd, tiny_sdxl) -> None:
+    delta, _ = tuned_delta(tiny_sd)
+    with pytest.raises(UserError, match="was made for 'tiny' and does not fit"), delta.attached(tiny_sdxl):
+        pass
+
+
+def test_half_precision_weights_are_not_trained(tiny_sd) -> None:
+    from duo.training import tune_weights
+
+    tiny_sd.denoiser.half()
+    layers = list(tiny_sd.layers("text_inputs"))
+    with (
+        pytest.raises(UserError, match="is float16, in which small steps are lost"),
+        tune_weights(tiny_sd.denoiser, layers),
+    ):
+        pass

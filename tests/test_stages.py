@@ -20,8 +20,8 @@ from duo.delta import Delta
 from duo.errors import UserError
 from duo.plugins import Access, Attempt, Verdict
 from duo.recipe import load_recipe
+from duo.seeds import seed_for
 from duo.stages import Session, attack, erase, make_pairs, report, score
-from duo.stages.session import seed_for
 
 CONCEPT = """
 title = "Fire"

@@ -132,6 +132,24 @@ class Concept:
             return True
         return is_sexual(text for _, text in texts_of(as_table(self)))
 
+    @property
+    def harmless(self) -> tuple[str, ...]:
+        """Captions without the concept that methods may train on to keep them: those beside the vector pairs, or else
+        of the safe twins. None of them is scored."""
+        return tuple(dict.fromkeys(neutral for _, neutral in self.vector_pairs)) or tuple(
+            dict.fromkeys(self.pairs.safe)
+        )
+
+    def targets(self, form: str) -> tuple[tuple[str, str], ...]:
+        """What a method that erases by text may name, each with what may stand in its place.
+
+        "words": the concept's words, with the anchor. "prompts": the pairs' unsafe prompts, with the safe ones; they
+        are made of the same words.
+        """
+        if form == "words":
+            return tuple((word, self.anchor) for word in self.words)
+        return tuple(dict.fromkeys(zip(self.pairs.unsafe, self.pairs.safe, strict=True)))
+
     def sets(self, *, validation: bool) -> PromptSets:
         """The scored prompts, or those for choosing hyper-parameters."""
         return self.validation if validation else PromptSets(prompts=self.prompts, near_miss=self.near_miss)

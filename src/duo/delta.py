@@ -1,34 +1,46 @@
-"""`Delta`: what an erasure changed in a denoiser. Saved as one safetensors file that diffusers loads as a LoRA."""
+"""`Delta`: what an erasure changed in a denoiser, as one safetensors file.
+
+Three kinds. "lora" and "weights" add to the denoiser's own weights, as low-rank products and as whole differences;
+"gated" are adapters that each prompt switches on by itself (`duo.gating`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from duo import gating
 from duo.checkpoint import read_tensors, write_tensors
 from duo.errors import UserError
-from duo.plugins import Family
+from duo.plugins import Family, Run
 
 SCHEMA = 1
-KINDS = ("lora",)
+KINDS = ("lora", "weights", "gated")
 COMPONENTS = ("unet", "transformer")  # what a denoiser is called in diffusers' pipelines and in LoRA files
+DIFFERENCE = ".diff"  # ends the names of kind "weights": nobody shall take a difference for the weight itself
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """A change of the denoiser's weights and how it came about.
+    """A change of the denoiser's weights and how it came about. `tensors` are named relative to the denoiser.
 
-    Kind "lora": `tensors` has, for each changed module `m`, `m.lora_A.weight` (rank, in, …) and `m.lora_B.weight`
-    (out, rank, …), names relative to the denoiser. Their product is the change itself: a scale alpha/rank is already in
-    B, so no reader needs alpha. `record` says which model, method, configuration and LoRA made it; JSON values only.
-    `component` is the family's (`duo.plugins.Family`), by which diffusers knows what the file is for.
+    Kind "lora": for each changed module `m`, `m.lora_A.weight` (rank, in, …) and `m.lora_B.weight` (out, rank, …).
+    Their product is the change itself: a scale alpha/rank is already in B, so no reader needs alpha.
+
+    Kind "weights": for each changed parameter `p`, `p.diff`, the new value less the old one.
+
+    Kind "gated": adapters number i = 0, 1, … of rank 1 or more, `i.m.lora_A.weight` and `i.m.lora_B.weight` as above,
+    and what the gate of each compares prompts with, as `duo.gating` has it.
+
+    `record` says which model, method and configuration made it; JSON values only. `component` is the family's
+    (`duo.plugins.Family`), by which diffusers knows what the file is for.
     """
 
     kind: str
@@ -37,7 +49,7 @@ class Delta:
     record: Mapping[str, Any]
 
     def save(self, path: Path) -> None:
-        """Write the file; `pipeline.load_lora_weights` of diffusers reads it too."""
+        """Write the file; of kind "lora" `pipeline.load_lora_weights` of diffusers reads it too."""
         tensors = {f"{self.component}.{name}": tensor for name, tensor in self.tensors.items()}
         write_tensors(path, tensors, {"schema": SCHEMA, "kind": self.kind, **self.record})
 
@@ -56,10 +68,13 @@ class Delta:
 
     def layers(self) -> list[str]:
         """The names of the changed modules, in order."""
-        return sorted({name.rsplit(".lora_", 1)[0] for name in self.tensors})
+        if self.kind == "weights":
+            return sorted({name.removesuffix(DIFFERENCE).rpartition(".")[0] for name in self.tensors})
+        layers = {name.rsplit(".lora_", 1)[0] for name in self.tensors if ".lora_" in name}
+        return sorted({name.partition(".")[2] for name in layers} if self.kind == "gated" else layers)
 
     def factors(self, layer: str) -> tuple[Tensor, Tensor]:
-        """A layer's A (rank, in, …) and B (out, rank, …)."""
+        """Of kind "lora": a layer's A (rank, in, …) and B (out, rank, …)."""
         down, up = (self.tensors[f"{layer}.lora_{part}.weight"] for part in "AB")
         return down, up
 
@@ -67,53 +82,100 @@ class Delta:
     def attached(self, model: Family, weight: float = 1.0) -> Iterator[None]:
         """Within the context the model is the erased one; after it the weights are the very tensors from before.
 
-        The changed weights are swapped in, with no adapter modules: sampling runs at the speed of the plain model and
-        gives the same images as `merge`. Contexts may be nested, the last one entered being left first.
+        Changed weights are swapped in, with no adapter modules: sampling runs at the speed of the plain model and gives
+        the same images as `merge`. A "gated" delta has to stay beside the weights, and costs a little. Contexts may be
+        nested, the last one entered being left first.
         """
-        modules = self._modules(model)
-        originals = {name: module.weight.data for name, module in modules.items()}
+        if self.kind == "gated":
+            self._check(model)
+            with gating.attached(self.tensors, self.record, model, weight):
+                yield
+            return
+        parameters = self._parameters(model)
+        originals = {name: parameter.data for name, parameter in parameters.items()}
         try:
-            for name, module in modules.items():
-                module.weight.data = self._changed(name, originals[name], weight)
+            for name, parameter in parameters.items():
+                parameter.data = self._changed(name, originals[name], weight)
             yield
         finally:
-            for name, module in modules.items():
-                module.weight.data = originals[name]
+            for name, parameter in parameters.items():
+                parameter.data = originals[name]
 
     def merge(self, model: Family) -> None:
         """Bake the change into the model's own weights; summed in float32."""
-        for name, module in self._modules(model).items():
-            module.weight.data = self._changed(name, module.weight.data, 1.0)
+        self.refuse_gate("merged into weights")
+        for name, parameter in self._parameters(model).items():
+            parameter.data = self._changed(name, parameter.data, 1.0)
 
-    def _modules(self, model: Family) -> dict[str, Any]:
+    def refuse_gate(self, wanted: str) -> None:
+        """Raise `UserError` where the delta is gated by prompts, and so cannot be what is `wanted`."""
+        if self.kind == "gated":
+            method = self.record.get("method", "this method")
+            raise UserError(
+                f"an erasure by {method} acts by how near a prompt is to the concept, so it cannot be {wanted}; "
+                "attach it (`Delta.attached`), or erase with a method that changes weights"
+            )
+
+    def _check(self, model: Family) -> dict[str, nn.Module]:
         """The changed modules by name, checked against the tensors' shapes."""
-        names = self.layers()
         known: dict[str, nn.Module] = dict(model.denoiser.named_modules())
-        for name in names:
-            weight = getattr(known.get(name), "weight", None)
-            if weight is None or weight.shape[:2] != self._shape(name):
+        for name in self.layers():
+            if not self._fits(name, known.get(name)):
                 base = self.record.get("model", "another model")
                 raise UserError(
                     f"the delta was made for {base!r} and does not fit model {model.name!r} at layer {name}"
                 )
-        return {name: known[name] for name in names}
+        return {name: known[name] for name in self.layers()}
 
-    def _shape(self, name: str) -> tuple[int, int]:
-        down, up = self.factors(name)
-        return up.shape[0], down.shape[1]
+    def _fits(self, layer: str, module: nn.Module | None) -> bool:
+        own = {} if module is None else {part: one.shape for part, one in module.named_parameters(recurse=False)}
+        if self.kind == "weights":
+            changed = {name.removesuffix(DIFFERENCE).rpartition("."): one.shape for name, one in self.tensors.items()}
+            return {part: shape for (of, _, part), shape in changed.items() if of == layer}.items() <= own.items()
+        for name in self._named_a(layer):
+            down, up = self.tensors[name], self.tensors[name.replace(".lora_A.", ".lora_B.")]
+            if "weight" not in own or own["weight"][:2] != (up.shape[0], down.shape[1]):
+                return False
+        return True
 
-    def _changed(self, name: str, weight: Tensor, scale: float) -> Tensor:
-        """W + scale·B·A. A convolution's A holds its kernel and its B is 1×1, so flattened they multiply alike."""
-        down, up = (factor.to(weight.device, torch.float32) for factor in self.factors(name))
-        change = (up.flatten(1) @ down.flatten(1)).view(weight.shape)
-        return (weight.float() + scale * change).to(weight.dtype)
+    def _named_a(self, layer: str) -> list[str]:
+        """The names of a layer's A: one, or of kind "gated" one for each adapter that is on it."""
+        if self.kind == "lora":
+            return [f"{layer}.lora_A.weight"]
+        return [name for name in self.tensors if name.partition(".")[2] == f"{layer}.lora_A.weight"]
+
+    def _parameters(self, model: Family) -> dict[str, nn.Parameter]:
+        """The changed parameters by name."""
+        modules = self._check(model)
+        names = (
+            [name.removesuffix(DIFFERENCE) for name in sorted(self.tensors)]
+            if self.kind == "weights"
+            else [f"{layer}.weight" for layer in modules]
+        )
+        return {name: getattr(modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in names}
+
+    def _changed(self, name: str, value: Tensor, scale: float) -> Tensor:
+        """W + scale·B·A, or W + scale·difference, in the dtype of W."""
+        if self.kind == "weights":
+            change = self.tensors[f"{name}{DIFFERENCE}"].to(value.device, torch.float32)
+        else:  # a convolution's A holds its kernel and its B is 1×1, so flattened they multiply alike
+            down, up = (one.to(value.device, torch.float32) for one in self.factors(name.removesuffix(".weight")))
+            change = (up.flatten(1) @ down.flatten(1)).view(value.shape)
+        return (value.float() + scale * change).to(value.dtype)
+
+
+def made_by(method: str, settings: Any, *, model: Family, run: Run) -> dict[str, Any]:
+    """What every delta's record says: the model, the method, its configuration (a dataclass) and the seed."""
+    config = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(settings).items()}
+    return {"model": model.name, "method": method, "config": config, "seed": run.seed}
 
 
 def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> Delta:
-    """Several erasures of one model as one: W + Σ wᵢ·Bᵢ·Aᵢ, by putting the ranks side by side; nothing is approximated.
+    """Several erasures of one model as one: the sum of their changes times `weights` (1 each where None), exactly.
 
-    `weights` are 1 each where None. The erasures were trained apart, so how each of them fares beside the others has to
-    be measured. Raises `UserError` where they are of different models, kinds or shapes, or a weight is no use.
+    Low-rank ones are put side by side, differences are added, and gated ones keep a gate each. The erasures were
+    trained apart, so how each of them fares beside the others has to be measured. Raises `UserError` where they are of
+    different models, kinds or shapes, or a weight is no use.
     """
     weights = [1.0] * len(deltas) if weights is None else list(weights)
     if not deltas or len(weights) != len(deltas):
@@ -131,6 +193,21 @@ def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> 
         one, *others = dict.fromkeys(found)
         if others:
             raise UserError(f"the erasures are of different {what}, {one!r} and {others[0]!r}, and cannot be composed")
+    made = [{"weight": weight, **one.record} for one, weight in zip(deltas, weights, strict=True)]
+    record = {**({"model": first.record["model"]} if "model" in first.record else {}), "composed": made}
+    joined: dict[str, Callable[[Sequence[Delta], Sequence[float]], dict[str, Tensor]]] = {
+        "lora": _side_by_side,
+        "weights": _added,
+        "gated": _numbered,
+    }
+    if first.kind == "gated":
+        record |= gating.joined_record([delta.record for delta in deltas])
+    tensors = joined[first.kind](deltas, weights)
+    return Delta(kind=first.kind, component=first.component, tensors=tensors, record=record)
+
+
+def _side_by_side(deltas: Sequence[Delta], weights: Sequence[float]) -> dict[str, Tensor]:
+    """W + Σ wᵢ·Bᵢ·Aᵢ by putting the ranks side by side."""
     tensors: dict[str, Tensor] = {}
     for layer in sorted({layer for delta in deltas for layer in delta.layers()}):
         parts = [(*one.factors(layer), w) for one, w in zip(deltas, weights, strict=True) if layer in one.layers()]
@@ -138,6 +215,28 @@ def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> 
         if len({(down.shape[1:], up.shape[0]) for down, up in zip(downs, ups, strict=True)}) > 1:
             raise UserError(f"the erasures have different shapes at layer {layer}, and cannot be composed")
         tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = torch.cat(downs), torch.cat(ups, dim=1)
-    made = [{"weight": weight, **one.record} for one, weight in zip(deltas, weights, strict=True)]
-    record = {**({"model": first.record["model"]} if "model" in first.record else {}), "composed": made}
-    return Delta(kind=first.kind, component=first.component, tensors=tensors, record=record)
+    return tensors
+
+
+def _added(deltas: Sequence[Delta], weights: Sequence[float]) -> dict[str, Tensor]:
+    """W + Σ wᵢ·Dᵢ."""
+    tensors: dict[str, Tensor] = {}
+    for delta, weight in zip(deltas, weights, strict=True):
+        for name, tensor in delta.tensors.items():
+            if name in tensors and tensors[name].shape != tensor.shape:
+                raise UserError(f"the erasures have different shapes at {name}, and cannot be composed")
+            tensors[name] = tensors.get(name, torch.zeros_like(tensor, dtype=torch.float32)) + weight * tensor.float()
+    return tensors
+
+
+def _numbered(deltas: Sequence[Delta], weights: Sequence[float]) -> dict[str, Tensor]:
+    """The adapters of all, numbered anew."""
+    tensors: dict[str, Tensor] = {}
+    first = 0
+    for delta, weight in zip(deltas, weights, strict=True):
+        count = gating.adapters(delta.tensors)
+        for name, tensor in delta.tensors.items():
+            number, _, rest = name.partition(".")
+            tensors[f"{first + int(number)}.{rest}"] = tensor * weight if ".lora_B" in rest else tensor
+        first += count
+    return tensors

@@ -35,6 +35,10 @@ def export(
     if out.suffix != ".safetensors":
         raise UserError(f"{out} must end in .safetensors, by which other software knows the format")
     composed = Composition.read([sources] if isinstance(sources, Path) else sources, weights)
+    composed.delta.refuse_gate("exported as a LoRA")
+    if composed.delta.kind != "lora":
+        method = composed.delta.record.get("method", "this method")
+        raise UserError(f"an erasure by {method} changes whole weights and is no LoRA; write them by `duo merge`")
     if to == "diffusers":
         composed.delta.save(out)
     else:

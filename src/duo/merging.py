@@ -70,6 +70,7 @@ def merge(
     if out.exists():
         raise UserError(f"{out} exists already; name a new folder")
     composed = Composition.read([sources] if isinstance(sources, Path) else sources, weights)
+    composed.delta.refuse_gate("merged into weights")
     model = load_family(composed.model, device=device, config=composed.model_config)
     with composed.delta.attached(model):
         wanted = _draw(model, composed)

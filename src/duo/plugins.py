@@ -134,6 +134,12 @@ class Process(Protocol):
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
 
+    def implied(self, x_t: Tensor, output: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The clean image and the noise, (x0, eps), that the denoiser's output at x_t stands for."""
+
+    def times(self, fractions: Tensor) -> Tensor:
+        """The times at fractions of the schedule, (n,): 0 clean, 1 where a sampler starts."""
+
     def terminal(self, eps: Tensor, *, at: float = 1.0) -> tuple[Tensor, Tensor]:
         """Pure noise as the sampler starts from it, with its time: (x_T, t) of shapes (n, …) and (n,).
 
@@ -153,6 +159,7 @@ class Family(Protocol):
     device: torch.device
     denoiser: nn.Module
     process: Process
+    latent_shape: tuple[int, int, int]  # (channels, height, width) of a latent at the model's own image size
 
     def text(self, prompts: Sequence[str], *, tokens: Mapping[str, Tensor] | None = None) -> Conditioning:
         """Encode prompts. Differentiable in `tokens` (placeholder word → embedding (vectors, width))."""
@@ -188,7 +195,7 @@ class Family(Protocol):
 
     def layers(self, scope: str) -> dict[str, nn.Module]:
         """The denoiser's Linear and Conv2d modules of one scope, by name: "self_attention", "cross_attention",
-        "attention", "feed_forward", "convolutions", "all"."""
+        "attention", "feed_forward", "convolutions", "text_inputs" (what the text enters by), "transformers", "all"."""
 
     def encoders(self) -> list[nn.Module]:
         """The VAE and the text encoders: what waits on the CPU while the denoiser is trained (`Precision.offload`)."""
@@ -220,7 +227,10 @@ class Family(Protocol):
 class Method(Protocol):
     """A frozen keyword-only dataclass: its fields are its configuration, its flags and its manifest."""
 
-    def erase(self, model: Family, concept: Any, *, pairs: Pairs, run: Run) -> Delta: ...
+    takes_pairs: ClassVar[bool]  # whether it learns from pairs of images; a run makes them only then
+
+    def erase(self, model: Family, concept: Any, *, pairs: Pairs | None, run: Run) -> Delta:
+        """Make the model unable to draw the concept. `pairs` is None exactly where `takes_pairs` is false."""
 
 
 @runtime_checkable
@@ -267,6 +277,7 @@ class Run(Protocol):
     seed: int
     device: torch.device
     precision: Precision
+    sampling: Sampling  # how the run samples images, for methods that draw their own
 
     def progress(self, total: int, label: str) -> AbstractContextManager[Any]:
         """A bar with `.update(step, **numbers)`; plain lines where there is no terminal."""

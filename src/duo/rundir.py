@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from duo import parallel
 from duo.errors import UserError
-from duo.plugins import Precision
+from duo.plugins import Precision, Sampling
 
 if TYPE_CHECKING:
     import torch
@@ -357,6 +357,7 @@ class StageRun:
     seed: int
     device: torch.device
     precision: Precision = field(default_factory=Precision)
+    sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,8 @@
-"""Fine-tuning a denoiser: a LoRA (Hu et al. 2022) for the length of a context, and a loop that yields its steps."""
+"""Fine-tuning a denoiser: what is trained, for the length of a context, and a loop that yields its steps.
+
+Trained is a LoRA (Hu et al. 2022), `attach_lora`, or the denoiser's own weights, `tune_weights`; both are lent as
+`parameters`, with a way back to the frozen reference.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from transformers import get_scheduler
 from duo import parallel
 from duo.checkpoint import load_training_state, read_tensors, save_training_state
 from duo.errors import UserError
+from duo.plugins import Run
 from duo.precision import adamw
 
 ADAPTER = "default"
@@ -86,6 +91,67 @@ def attach_lora(denoiser: nn.Module, targets: Sequence[str], *, rank: int, alpha
         del denoiser.peft_config
 
 
+class Tuned:
+    """Weights of a denoiser that `tune_weights` has made trainable, and what they were before."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._named = dict(parameters)
+        self._frozen = {name: parameter.data for name, parameter in parameters.items()}
+        for parameter in parameters.values():
+            parameter.data = parameter.data.clone()
+            parameter.requires_grad_(True)
+        self.parameters = nn.ParameterList(parameters.values())
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the context the denoiser is the frozen reference, and nothing is recorded for gradients.
+
+        Leave it before `backward`, which reads the weights.
+        """
+        trained = {name: parameter.data for name, parameter in self._named.items()}
+        self._put(self._frozen)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._put(trained)
+
+    def differences(self) -> dict[str, Tensor]:
+        """The change of each parameter, as a `Delta` of kind "weights" wants it, on the CPU."""
+        return {f"{name}.diff": (p.data - self._frozen[name]).cpu() for name, p in self._named.items()}
+
+    def restore(self) -> None:
+        """Put back the very tensors from before, frozen."""
+        self._put(self._frozen)
+        for parameter in self._named.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._named.items():
+            parameter.data = tensors[name]
+
+
+@contextmanager
+def tune_weights(denoiser: nn.Module, targets: Sequence[str]) -> Iterator[Tuned]:
+    """Train the weights and biases of the modules named `targets` themselves; put back what was there at the end."""
+    if not targets:
+        raise ValueError("no modules to train")
+    modules = dict(denoiser.named_modules())
+    found = {f"{name}.{part}": one for name in targets for part, one in modules[name].named_parameters(recurse=False)}
+    half = next((name for name, one in found.items() if one.dtype != torch.float32), None)
+    if half is not None:
+        raise UserError(
+            f"{half} is {str(found[half].dtype).removeprefix('torch.')}, in which small steps are lost; set "
+            "precision.weights to float32, and precision.dtype to compute in half precision"
+        )
+    tuned = Tuned(found)
+    try:
+        yield tuned
+    finally:
+        tuned.restore()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """Optimisation step `step` of `total`, from 1. `grad_norm` is before clipping; `numbers` are what the loss told."""
@@ -112,13 +178,16 @@ def fit(
     record: Mapping[str, Any],
     lr_scheduler: str = "constant",
     lr_warmup_steps: int = 0,
+    lr_num_cycles: int = 1,
     optimizer_8bit: bool = False,
+    shared: bool = True,
 ) -> Iterator[Step]:
     """Minimise `loss` with AdamW (β 0.9 and 0.999) at a rate by one of transformers' schedules; yield each step taken.
 
     `loss` draws all its randomness from the CPU generator that it is given, and returns the scalar and further scalars
     to tell. Of several processes each draws the same and returns its share, so that the sum over them is the loss (and
-    what is told) of the whole batch; gradients are summed before the step.
+    what is told) of the whole batch; gradients are summed before the step. A loss that is not `shared` is computed
+    whole by each of them, and counts for its part. `lr_num_cycles` is for "cosine_with_restarts" alone.
 
     Every `checkpointing_steps`, and at the end, the state goes to `folder`; the last two are kept and a run starts from
     the newest. `record` (JSON values) is kept with it: a run with another one is refused. A loss or gradient that is
@@ -130,12 +199,20 @@ def fit(
     if start > steps:
         raise UserError(f"{folder} holds a checkpoint of step {start}, which is beyond step {steps}; name a new --out")
     # Only the factor is taken from there: as a function of the step it needs no state of its own in a checkpoint.
-    schedule = get_scheduler(lr_scheduler, optimizer, num_warmup_steps=lr_warmup_steps, num_training_steps=steps)
+    schedule = get_scheduler(
+        lr_scheduler,
+        optimizer,
+        num_warmup_steps=lr_warmup_steps,
+        num_training_steps=steps,
+        scheduler_specific_kwargs={"num_cycles": lr_num_cycles} if lr_scheduler == "cosine_with_restarts" else None,
+    )
     (factor,) = schedule.lr_lambdas
     for step in range(start + 1, steps + 1):
         optimizer.param_groups[0]["lr"] = rate = learning_rate * factor(step - 1)
         optimizer.zero_grad(set_to_none=True)
         value, told = loss(generator)
+        if not shared:
+            value, told = value / parallel.size(), {name: one / parallel.size() for name, one in told.items()}
         torch.autograd.backward(value)
         value, told = _whole(value.detach(), told, parameters)
         norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
@@ -159,6 +236,20 @@ def fit(
             learning_rate=rate,
             numbers=dict(zip(told, rest, strict=True)),
         )
+
+
+def follow(steps: Iterator[Step], *, run: Run, total: int, label: str) -> None:
+    """Take all the steps; show each on a bar of `run`, and log it."""
+    with run.progress(total, label) as bar:
+        for step in steps:
+            bar.update(step.step, loss=step.loss, **step.numbers)
+            run.log(
+                step=step.step,
+                loss=step.loss,
+                grad_norm=step.grad_norm,
+                learning_rate=step.learning_rate,
+                **step.numbers,
+            )
 
 
 def _whole(

@@ -15,7 +15,7 @@ from duo.errors import UserError
 from duo.losses import squared_error
 from duo.methods.duo import Duo, published
 from duo.pairs import Pairs
-from duo.plugins import Precision
+from duo.plugins import Precision, Sampling
 
 
 @dataclass
@@ -26,6 +26,7 @@ class RecordingRun:
     seed: int = 5
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: Precision = field(default_factory=Precision)
+    sampling: Sampling = field(default_factory=lambda: Sampling(num_inference_steps=2))
     stop_after: int | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     shown: list[int] = field(default_factory=list)

@@ -30,6 +30,7 @@ SCOPES = {
     "attention": re.compile(f"{_OWN}|{_ADDED}"),
     "feed_forward": re.compile(r"\.(ff|ff_context)\.net\.|^single_transformer_blocks\.\d+\.proj_(mlp|out)$"),
     "text_inputs": re.compile(r"^context_embedder$|^time_text_embed\.text_embedder\.linear_1$"),
+    "transformers": re.compile(r"^(single_)?transformer_blocks\."),
     "all": re.compile(""),
 }
 
@@ -86,10 +87,19 @@ class FlowProcess:
         """The velocity eps − x0, the same at every σ."""
         return eps - x0
 
+    def implied(self, x_t: Tensor, output: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t − σ·velocity and x_t + (1 − σ)·velocity."""
+        sigma = t.view(-1, *[1] * (x_t.dim() - 1)).to(x_t.dtype)
+        return x_t - sigma * output, x_t + (1 - sigma) * output
+
+    def times(self, fractions: Tensor) -> Tensor:
+        """The σ at these fractions, shifted; 1 is exactly 1."""
+        fractions = fractions.float()
+        return torch.where(fractions == 1, fractions, self.sigma(fractions)).to(self.device)
+
     def terminal(self, eps: Tensor, *, at: float = 1.0) -> tuple[Tensor, Tensor]:
         """Pure noise at σ = 1: what a sampler is handed first. `at` labels it with another fraction's σ."""
-        ones = torch.ones(len(eps), device=self.device)
-        return eps, ones if at == 1 else self.sigma(at * ones)
+        return eps, self.times(torch.full((len(eps),), at))
 
     def x0_scale(self, t: Tensor) -> Tensor:
         """σ, for x0 = x_t − σ·velocity."""

@@ -18,6 +18,8 @@ SCOPES = {
     "cross_attention": re.compile(r"\.attn2\."),
     "attention": re.compile(r"\.attn[12]\."),
     "feed_forward": re.compile(r"\.ff\.net\."),
+    "text_inputs": re.compile(r"\.attn2\.to_[kv]$"),
+    "transformers": re.compile(r"(^|\.)attentions\."),
     "convolutions": re.compile(r"\.(resnets|downsamplers|upsamplers)\.\d+\.conv"),
     "all": re.compile(""),
 }
@@ -66,10 +68,21 @@ class DdpmProcess:
         signal, noise = self._scales(t, x0)
         return signal * eps - noise * x0
 
+    def implied(self, x_t: Tensor, output: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 and eps from ε or v. At a zero terminal SNR ε implies no x0: it is 0/0 there."""
+        signal, noise = self._scales(t, x_t)
+        if self.prediction_type == "epsilon":
+            return (x_t - noise * output) / signal, output
+        return signal * x_t - noise * output, noise * x_t + signal * output
+
+    def times(self, fractions: Tensor) -> Tensor:
+        """Step f·T − 1, and at least 0."""
+        last = (fractions * len(self.alphas_cumprod)).round().long() - 1
+        return last.clamp(min=0).to(self.alphas_cumprod.device)
+
     def terminal(self, eps: Tensor, *, at: float = 1.0) -> tuple[Tensor, Tensor]:
         """Pure noise at step T − 1, not scaled by √(1 − ᾱ): what a sampler is handed first. `at` labels it at·T − 1."""
-        last = max(round(at * len(self.alphas_cumprod)) - 1, 0)
-        return eps, torch.full((len(eps),), last, device=self.alphas_cumprod.device)
+        return eps, self.times(torch.full((len(eps),), at))
 
     def x0_scale(self, t: Tensor) -> Tensor:
         """√(1 − ᾱ)/√ᾱ for ε, and √(1 − ᾱ) for v, as x0 = √ᾱ·x_t − √(1 − ᾱ)·v."""

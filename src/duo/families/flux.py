@@ -61,6 +61,8 @@ class Flux:
         # The one place that tells the model's image size: 1024, which is what diffusers draws whatever the model.
         side = pipeline.vae.config.sample_size
         self._size = {"height": side, "width": side}
+        latent = side // pipeline.vae_scale_factor
+        self.latent_shape = (pipeline.transformer.config.in_channels // PATCH**2, latent, latent)
         freeze(module for module in pipeline.components.values() if isinstance(module, nn.Module))
         self.process = FlowProcess.of(
             self._scheduler, image_tokens=(side // self._patch) ** 2, model=name, device=self.device

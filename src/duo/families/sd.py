@@ -34,6 +34,8 @@ class Sd:
         self.name = name
         self.denoiser: nn.Module = pipeline.unet
         self.device = torch.device(pipeline.device)
+        side = pipeline.unet.config.sample_size
+        self.latent_shape = (pipeline.unet.config.in_channels, side, side)
         self._vae: Any = pipeline.vae
         self._text_encoder: Any = pipeline.text_encoder
         self._tokenizer: Any = pipeline.tokenizer

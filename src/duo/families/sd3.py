@@ -43,6 +43,7 @@ class Sd3:
         }
         self._scheduler: Any = pipeline.scheduler
         self._config: Any = pipeline.transformer.config
+        self.latent_shape = (self._config.in_channels, self._config.sample_size, self._config.sample_size)
         self._dtype: torch.dtype = pipeline.transformer.dtype
         self._clips = [(pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)]
         self._t5 = None if pipeline.text_encoder_3 is None else (pipeline.tokenizer_3, pipeline.text_encoder_3)

@@ -41,6 +41,8 @@ class Sdxl:
         self.name = name
         self.denoiser: nn.Module = pipeline.unet
         self.device = torch.device(pipeline.device)
+        side = pipeline.unet.config.sample_size
+        self.latent_shape = (pipeline.unet.config.in_channels, side, side)
         self._vae: Any = pipeline.vae
         self._encoders: list[Any] = [pipeline.text_encoder, pipeline.text_encoder_2]
         self._tokenizers: list[Any] = [pipeline.tokenizer, pipeline.tokenizer_2]

@@ -13,23 +13,23 @@ Departures from the authors' code, which fine-tunes Stable Diffusion 1.4 and 3:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from duo import parallel
 from duo.conditioning import Conditioning
-from duo.delta import Delta
+from duo.delta import Delta, made_by
+from duo.drawn import encode
 from duo.errors import UserError
 from duo.losses import duo_loss, prior_loss, squared_error
 from duo.pairs import Pairs
 from duo.plugins import Family, Run
 from duo.precision import check_8bit, check_prior, rounds, unrounded, waiting
-from duo.training import Lora, attach_lora, fit
+from duo.training import Lora, attach_lora, fit, follow
 
-ENCODED_AT_ONCE = 8  # images a pass of the VAE
 Schedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine"
 ]  # names of get_scheduler in diffusers and transformers
@@ -50,6 +50,8 @@ class Duo:
     `precondition_outputs` measures every error, the prior's too, on the clean image that a prediction implies: those of
     rectified flow are multiplied by σ², as in the authors' code for SD3.
     """
+
+    takes_pairs: ClassVar[bool] = True
 
     beta: float = 500.0
     learning_rate: float = 6e-5
@@ -99,21 +101,22 @@ class Duo:
         rows = 3 * self.train_batch_size * self.max_train_steps  # unsafe, safe and prior
         return {"denoiser": 2 * rows, "trained": rows, "vae": 2 * pairs, "text": 1, "steps": self.max_train_steps}
 
-    def erase(self, model: Family, concept: Any, *, pairs: Pairs, run: Run) -> Delta:
+    def erase(self, model: Family, concept: Any, *, pairs: Pairs | None, run: Run) -> Delta:
         """Train the LoRA on `pairs`; the concept is what they show, so `concept` itself is not looked at."""
+        assert pairs is not None
         if self.train_batch_size > len(pairs):
             raise UserError(f"train_batch_size = {self.train_batch_size} but there are only {len(pairs)} pairs")
         check_prior(self.prior_weight, run.precision)
         if run.precision.optimizer_8bit:
             check_8bit()
-        unsafe, safe = (_encode(model, side) for side in (pairs.unsafe, pairs.safe))
+        unsafe, safe = (encode(model, side) for side in (pairs.unsafe, pairs.safe))
         empty = model.text([""])
         layers = sorted({name for scope in self.targets for name in model.layers(scope)})
         alpha = float(self.rank if self.lora_alpha is None else self.lora_alpha)
-        config = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}  # as JSON has it
+        made = made_by("duo", self, model=model, run=run)
         # At a constant rate a longer run begins as a shorter one does, so either may go on from the other's checkpoint.
         free = {"checkpointing_steps"} | ({"max_train_steps"} if self.lr_scheduler.startswith("constant") else set())
-        trained = {key: v for key, v in config.items() if key not in free}
+        trained = {key: v for key, v in made["config"].items() if key not in free}
         with (
             waiting(model.encoders(), device=model.device, offload=run.precision.offload),
             attach_lora(model.denoiser, layers, rank=self.rank, alpha=alpha, seed=run.seed) as lora,
@@ -133,28 +136,13 @@ class Duo:
                 checkpointing_steps=self.checkpointing_steps,
                 record={**trained, "pairs": pairs.digest(), "model": model.name, "seed": run.seed},
             )
-            with run.progress(self.max_train_steps, "duo") as bar:
-                for step in steps:
-                    bar.update(step.step, loss=step.loss, **step.numbers)
-                    run.log(
-                        step=step.step,
-                        loss=step.loss,
-                        grad_norm=step.grad_norm,
-                        learning_rate=step.learning_rate,
-                        **step.numbers,
-                    )
+            follow(steps, run=run, total=self.max_train_steps, label="duo")
             tensors = lora.tensors()
         return Delta(
             kind="lora",
             component=model.component,
             tensors=tensors,
-            record={
-                "model": model.name,
-                "method": "duo",
-                "config": config,
-                "seed": run.seed,
-                "lora": {"rank": self.rank, "alpha": alpha, "target_modules": layers},
-            },
+            record={**made, "lora": {"rank": self.rank, "alpha": alpha, "target_modules": layers}},
         )
 
     def _objective(
@@ -216,9 +204,3 @@ class Duo:
 def published(beta: float, *, base_lr: float = 3e-4, base_lambda: float = 1e6) -> dict[str, float]:
     """The values that the authors' script uses for its shorthands: lr = base_lr·100/β and λ = base_lambda·β/100."""
     return {"beta": beta, "learning_rate": base_lr * 100 / beta, "prior_weight": base_lambda * beta / 100}
-
-
-def _encode(model: Family, images: Any) -> Tensor:
-    """Posterior means, (n, channels, height, width), float32."""
-    parts = [images[i : i + ENCODED_AT_ONCE] for i in range(0, len(images), ENCODED_AT_ONCE)]
-    return torch.cat([model.latents(part, generator=None).float() for part in parts])

@@ -29,6 +29,7 @@ def render(records: RunRecords) -> str:
         concept=concept,
         findings=findings(scores),
         pairs=len(records.pairs),
+        kind=records.kind,
         account=records.account,
         config=toml_text(records.recipe),
         command=records.command,

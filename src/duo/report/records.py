@@ -258,6 +258,7 @@ class RunRecords:
     command: str
     sections: Mapping[str, Any]
     scores: Scores
+    kind: str  # of the delta (`duo.delta.Delta`)
     account: Mapping[str, Any]
     pairs: tuple[PairPictures, ...]
     curves: Mapping[str, tuple[tuple[float, float], ...]]
@@ -281,7 +282,7 @@ def read_run(folder: Path) -> RunRecords:
         )
     data = read_object(folder / "score" / "scores.json")
     scores = Scores.read(data)
-    read_object(folder / "erase" / "manifest.json")  # a stage is finished if and only if its manifest is there
+    made = read_object(folder / "erase" / "manifest.json")  # a stage is finished if and only if its manifest is there
     versions = run.table("versions")
     cost, machine = _cost(folder / "timings.jsonl")
     return RunRecords(
@@ -292,8 +293,9 @@ def read_run(folder: Path) -> RunRecords:
         command=run.text("command"),
         sections={name: data.data[name] for name in SECTIONS},
         scores=scores,
-        account=read_object(folder / "pairs" / "manifest.json").table("account").data,
+        account=_account(folder),
         pairs=_pairs(folder / "pairs"),
+        kind=made.table("delta").text("kind") if "delta" in made.data else "lora",
         curves=_curves(folder / "erase" / "log.jsonl"),
         pictures=_pictures(folder, [attack.name for attack in scores.attacks]),
         cost=cost,
@@ -301,7 +303,18 @@ def read_run(folder: Path) -> RunRecords:
     )
 
 
+def _account(folder: Path) -> Mapping[str, Any]:
+    """How the pairs were made; nothing where the method learns from none."""
+    path = folder / "pairs" / "manifest.json"
+    if not path.exists() and "pairs" not in read_object(folder / "erase" / "manifest.json").table("config").data:
+        return {}
+    return read_object(path).table("account").data
+
+
 def _pairs(folder: Path) -> tuple[PairPictures, ...]:
+    """The pairs' pictures; none where the method learns from none."""
+    if not folder.exists():
+        return ()
     return tuple(
         PairPictures(
             index=row.whole("index"),

@@ -24,7 +24,8 @@ __all__ = ["Session", "attack", "erase", "make_pairs", "plan", "report", "run", 
 def run(session: Session, *, uncensored: bool = False) -> Path:
     """All stages, then the report; returns the path of `report.html`."""
     _ = session.judge.digest  # a judge whose weights cannot be read is told now, not after hours of work
-    make_pairs(session)
+    if session.method.takes_pairs:
+        make_pairs(session)
     erase(session)
     attack(session)
     score(session)

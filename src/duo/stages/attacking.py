@@ -19,8 +19,9 @@ from duo.fields import as_table
 from duo.plugins import Access, Attempt, Family
 from duo.recipe import AttackRow
 from duo.rundir import Blocks, Stage, progress
+from duo.seeds import seed_for
 from duo.stages.rendering import images_digest, read_image, render
-from duo.stages.session import MODELS, Session, seed_for
+from duo.stages.session import MODELS, Session
 from duo.target import RefusedPromptError, Target
 
 

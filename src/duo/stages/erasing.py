@@ -1,4 +1,4 @@
-"""The erase stage: from pairs to a delta."""
+"""The erase stage: from pairs, or the concept's words alone, to a delta."""
 
 from __future__ import annotations
 
@@ -7,34 +7,38 @@ from duo.delta import Delta
 from duo.errors import UserError
 from duo.fields import as_table
 from duo.pairs import Pairs
+from duo.rundir import Stage
 from duo.stages.session import Session
 
 
 def erase(session: Session) -> Delta:
     """Erase the concept from the model with the recipe's method, and write `delta.safetensors`."""
     stage = session.dir.stage("erase")
+    made, pairs = session.dir.stage("pairs"), session.method.takes_pairs
     with session.at_work("erase"):
-        pairs = session.dir.stage("pairs").require("pairs")
         config = {
-            **{key: value for key, value in session.shared.items() if key != "sampling"},
+            **{key: value for key, value in session.shared.items() if not (pairs and key == "sampling")},
             "erase_seed": session.erase_seed,
             "method": as_table(session.recipe.method),
-            "pairs": pairs["digest"],
+            **({"pairs": made.require("pairs")["digest"]} if pairs else {}),
         }
         path = stage.folder / "delta.safetensors"
         if stage.begin(config):
-            made = Pairs.read(session.dir.stage("pairs").folder)
-            if made.digest() != pairs["digest"]:
-                raise UserError(
-                    f"{session.dir.stage('pairs').folder}: images were changed; put them back, or make anew"
-                )
             delta = session.method.erase(
                 session.model,
                 session.concept,
-                pairs=made,
+                pairs=_pairs(made) if pairs else None,
                 run=session.lend(stage, "erase", seed=session.erase_seed),
             )
             if parallel.is_main():
                 delta.save(path)
-                stage.finish(digest=rundir.digest(path))
+                stage.finish(digest=rundir.digest(path), delta={"kind": delta.kind, "layers": len(delta.layers())})
     return Delta.load(path)
+
+
+def _pairs(stage: Stage) -> Pairs:
+    """The run's pairs, as they were made."""
+    pairs = Pairs.read(stage.folder)
+    if pairs.digest() != stage.require("pairs")["digest"]:
+        raise UserError(f"{stage.folder}: images were changed; put them back, or make anew")
+    return pairs

@@ -17,7 +17,8 @@ from duo.pairs import SIDES, PairFiles, Pairs
 from duo.plugins import Verdict
 from duo.refusal import refuse_minors
 from duo.rundir import Blocks, Stage, progress
-from duo.stages.session import Session, seed_for
+from duo.seeds import seed_for
+from duo.stages.session import Session
 
 
 def make_pairs(session: Session) -> Pairs:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from duo.pairs import Pairs
-from duo.plugins import Access, Precision
+from duo.plugins import Access, Precision, Sampling
 from duo.stages.session import MODELS, UNRELATED, Session
 
 BACKWARD = 2  # a backward pass costs about as much as two forward ones
@@ -84,7 +84,7 @@ def _work(session: Session, measured: Measured) -> Iterator[Work]:
     steps = recipe.sampling.num_inference_steps
     rows = measured.rows(steps)
     n = recipe.pairs.n
-    if not recipe.pairs.brought:
+    if session.method.takes_pairs and not recipe.pairs.brought:
         edited = measured.rows(int((recipe.pairs.strength or 1) * steps))
         texts = len({*concept.pairs.unsafe, *concept.pairs.safe, ""})
         yield Work(name="pairs", images=2 * n, denoiser=round(n * (rows + edited)), vae=3 * n, text=texts)
@@ -207,6 +207,7 @@ class _Stopwatch:
     def __init__(self, folder: Path, session: Session) -> None:
         self.folder, self.seed, self.device = folder, 0, session.device
         self.precision: Precision = session.recipe.precision
+        self.sampling: Sampling = session.recipe.sampling
         self.times: list[float] = []
 
     def progress(self, total: int, label: str) -> Any:

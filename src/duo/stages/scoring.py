@@ -17,9 +17,10 @@ from duo.fields import as_table
 from duo.plugins import Attempt, Verdict
 from duo.recipe import AttackRow
 from duo.rundir import Blocks, Stage
+from duo.seeds import seed_for
 from duo.stages.attacking import attack_config
 from duo.stages.rendering import read_image, read_images, render
-from duo.stages.session import MODELS, UNRELATED, Session, seed_for, world_digest
+from duo.stages.session import MODELS, UNRELATED, Session, world_digest
 
 # Images that a judge is handed at once. A whole number of the judges' own batches, so that where a block ends changes
 # no verdict.

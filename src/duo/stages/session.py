@@ -1,8 +1,7 @@
-"""A recipe at work in a run folder, and the seeds that its images have."""
+"""A recipe at work in a run folder."""
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from duo import parallel, plugins, rundir
@@ -26,6 +24,7 @@ from duo.plugins import Family, Judge, Metric, Precision
 from duo.precision import prepare_denoiser
 from duo.recipe import NOT_MEASURED, Recipe
 from duo.rundir import RunDir, Stage, StageRun
+from duo.seeds import seed_for
 
 MODELS = ("original", "erased")
 UNRELATED = "unrelated"
@@ -36,17 +35,6 @@ FIXED = {
     "score": ("validation", "attack_images", "block", "attacks", "score"),
 }
 RECORDED_VERSIONS = ("duo-unlearning", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
-
-
-def seed_for(seed: int, *purpose: str | int) -> int:
-    """A seed for one purpose, below 2**53 so that it survives JSON; purposes that differ have unrelated seeds."""
-    words = [part if isinstance(part, int) else int.from_bytes(_sha256(part)[:8], "big") for part in purpose]
-    state = np.random.SeedSequence([seed, *words]).generate_state(1, np.uint64)
-    return int(state[0] >> np.uint64(11))
-
-
-def _sha256(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
 
 
 class Session:
@@ -180,6 +168,7 @@ class Session:
             seed=seed_for(base, *purpose),
             device=self.model.device,
             precision=self.recipe.precision,
+            sampling=self.recipe.sampling,
         )
 
     def _metric(self, field: str) -> Any:

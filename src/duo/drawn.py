@@ -1,0 +1,71 @@
+"""Images that a method draws for itself, by the model that it is about to change, and images as latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from duo import parallel, rundir
+from duo.errors import UserError
+from duo.plugins import Family, Run
+from duo.seeds import seed_for
+
+DRAWN_AT_ONCE = 16
+ENCODED_AT_ONCE = 8  # images a pass of the VAE
+
+
+def draw(
+    model: Family,
+    prompts: Sequence[str],
+    *,
+    n: int,
+    run: Run,
+    name: str,
+    negative_prompts: Sequence[str] | None = None,
+    guidance_scale: float | None = None,
+) -> list[Image.Image]:
+    """`n` images of `prompts`, in turn, sampled as the run samples (at another `guidance_scale` where given).
+
+    They are kept in the run's folder `name`, so that a run that was stopped goes on; image i has a seed of its own,
+    derived from the run's, `name` and i. Negative prompts belong to the prompts one by one.
+    """
+    folder = run.folder / name
+    sampling = run.sampling if guidance_scale is None else replace(run.sampling, guidance_scale=guidance_scale)
+    with run.progress(n, name) as bar:
+        for rows in parallel.mine(rundir.blocks(n, DRAWN_AT_ONCE)):
+            if not all(_path(folder, i).exists() for i in rows):
+                images = model.generate(
+                    [prompts[i % len(prompts)] for i in rows],
+                    seeds=[seed_for(run.seed, name, i) for i in rows],
+                    sampling=sampling,
+                    negative_prompts=negative_prompts and [negative_prompts[i % len(prompts)] for i in rows],
+                )
+                for i, image in zip(rows, images, strict=True):
+                    rundir.write_image(_path(folder, i), image)
+            bar.update(rows.stop)
+    parallel.barrier()
+    return [_read(_path(folder, i)) for i in range(n)]
+
+
+def encode(model: Family, images: Any) -> Tensor:
+    """Posterior means of a sequence of images, (n, channels, height, width), float32."""
+    parts = [images[i : i + ENCODED_AT_ONCE] for i in range(0, len(images), ENCODED_AT_ONCE)]
+    return torch.cat([model.latents(part, generator=None).float() for part in parts])
+
+
+def _path(folder: Path, index: int) -> Path:
+    return folder / f"{index:04d}.png"
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG
+        raise UserError(f"{path} cannot be read as an image; remove it, and go on") from error
