@@ -1,48 +1,19 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from recording import RecordingRun
 
 from duo.delta import Delta
 from duo.errors import UserError
 from duo.losses import squared_error
 from duo.methods.duo import Duo, published
 from duo.pairs import Pairs
-from duo.plugins import Precision, Sampling
-
-
-@dataclass
-class RecordingRun:
-    """A `Run` that keeps what it is told and can be stopped after a step."""
-
-    folder: Path
-    seed: int = 5
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    precision: Precision = field(default_factory=Precision)
-    sampling: Sampling = field(default_factory=lambda: Sampling(num_inference_steps=2))
-    stop_after: int | None = None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    shown: list[int] = field(default_factory=list)
-
-    @contextmanager
-    def progress(self, total: int, label: str) -> Iterator[RecordingRun]:
-        yield self
-
-    def update(self, step: int, **numbers: float) -> None:
-        assert {"loss", "accuracy", "margin", "prior"} <= numbers.keys()
-        self.shown.append(step)
-
-    def log(self, **numbers: Any) -> None:
-        self.rows.append(numbers)
-        if numbers["step"] == self.stop_after:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -77,7 +48,7 @@ def same(one: Delta, other: Delta) -> bool:
 
 
 def test_training_prefers_the_safe_twin(tiny_sd, pairs: Pairs, tmp_path: Path) -> None:
-    run = RecordingRun(tmp_path)
+    run = RecordingRun(tmp_path, expected=frozenset({"loss", "accuracy", "margin", "prior"}))
     method = replace(QUICK, beta=1000.0, targets=("attention", "convolutions"), max_train_steps=30)
     delta = erase(method, tiny_sd, pairs, run)
     assert run.rows[0]["loss"] == pytest.approx(0.6931, abs=1e-3)  # the policy starts as the reference
