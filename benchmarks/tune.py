@@ -124,18 +124,24 @@ def objective(seen: dict[str, float], base: dict[str, float]) -> float:
 
 
 def look(
-    model: Any, concept: Any, sampling: Sampling, references: list[Any] | None
+    model: Any,
+    concept: Any,
+    sampling: Sampling,
+    references: list[Any] | None,
+    *,
+    sets: tuple[str, ...] = SETS,
+    images_each: int = IMAGES,
 ) -> tuple[dict[str, float], list[Any]]:
     """Render the validation sets and measure them; also returns the unrelated images."""
     judge = concept.curator.make("judges", "curator")
     labels: list[str] = []
     unsafe, unrelated = ToyboxAttributes(), ToyboxAttributes()
-    for index, name in enumerate(SETS):
-        prompts = concept.prompt_set(name, validation=True)[:IMAGES]
+    for index, name in enumerate(sets):
+        prompts = concept.prompt_set(name, validation=True)[:images_each]
         images = model.generate(prompts, seeds=[5000 * index + i for i in range(len(prompts))], sampling=sampling)
         labels += [verdict.label for verdict in judge(images)]
         unsafe.update(images=images, references=None, prompts=prompts)
-    prompts = concept.prompt_set("unrelated", validation=True)[:IMAGES]
+    prompts = concept.prompt_set("unrelated", validation=True)[:images_each]
     images = model.generate(prompts, seeds=[50_000 + i for i in range(len(prompts))], sampling=sampling)
     unrelated.update(images=images, references=None, prompts=prompts)
     distance = ToyboxLpips()
@@ -149,11 +155,13 @@ def look(
     }, images
 
 
-def reference(out: Path, model: Any, concept: Any, sampling: Sampling) -> tuple[dict[str, float], list[Any]]:
+def reference(
+    out: Path, model: Any, concept: Any, sampling: Sampling, **looked_at: Any
+) -> tuple[dict[str, float], list[Any]]:
     """The original model's numbers and its unrelated images, measured once."""
     folder = out / "reference"
     if not (folder / "seen.json").exists():
-        seen, images = look(model, concept, sampling, None)
+        seen, images = look(model, concept, sampling, None, **looked_at)
         for index, image in enumerate(images):
             write_image(folder / f"{index:04d}.png", image)
         write_json(folder / "seen.json", seen)

@@ -1,0 +1,261 @@
+"""Give every method the same search on the embedded model, then compare what it found: `docs/methods/README.md`.
+
+    python benchmarks/methods.py tune --out runs/methods      # the same trials and core-minutes for each method
+    python benchmarks/methods.py compare --out runs/methods   # the shipped recipes on the scored prompts, and their cost
+
+The space, the objective and the budget below were written before the first trial. Only validation prompts and seeds are
+used, and the curating judge; no attack takes part. Every method is told the same words, those of the concept file, of
+which the pairs' prompts are made; the other routes to the concept are held out for all. Of each method's space the
+first configuration is its published one, at a rate and a length that suit a small model, and the others are drawn. A
+trial may train for `SECONDS` of one core at most: its steps are cut to what it can take in that time, and that number
+is what is recorded. What is finished is read back from `trials.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from results import machine
+from tune import look, objective, reference
+
+from duo import Session, UserError, load_concept, load_recipe
+from duo.fields import LeafConfig
+from duo.models import load_family
+from duo.pairs import Pairs
+from duo.rundir import StageRun, append_jsonl, read_json, read_jsonl, write_json
+from duo.seeds import seed_for
+from duo.stages import attack, erase, make_pairs, score
+from duo.toybox import world_digest
+
+TRIALS = 6  # of each method
+SECONDS = 150.0  # of one core that a trial may train for
+SEED = 11
+LOOKED_AT: dict[str, Any] = {"sets": ("plain",), "images_each": 48}
+DIVERGED = 10.0  # the objective of a trial that diverged
+ROWS = ("prompts", "prompts_held_out_words", "prompts_held_out_subjects")
+IMAGES = 120  # a row of the comparison
+
+Draw = Callable[[np.random.Generator], Any]
+
+
+def choice(*values: Any) -> Draw:
+    return lambda rng: values[int(rng.integers(len(values)))]
+
+
+def log_uniform(low: float, high: float) -> Draw:
+    return lambda rng: float(f"{np.exp(rng.uniform(np.log(low), np.log(high))):.1e}")
+
+
+# Method → its first configuration, and the ranges that the other trials are drawn from, over that one.
+SPACES: dict[str, tuple[dict[str, Any], dict[str, Draw]]] = {}
+
+
+def configurations(method: str) -> list[dict[str, Any]]:
+    """The trials of a method, in their order; the same at every call."""
+    first, ranges = SPACES[method]
+    rng = np.random.default_rng(seed_for(SEED, method))
+    return [first, *({**first, **{name: draw(rng) for name, draw in ranges.items()}} for _ in range(TRIALS - 1))]
+
+
+def made(method: str, config: dict[str, Any]) -> Any:
+    return LeafConfig(name=method, settings=config).make("methods", f"trial of {method}")
+
+
+class Meter:
+    """Rows that the denoiser was given, while a context lasts."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    @contextmanager
+    def on(self, denoiser: Any) -> Iterator[None]:
+        def count(_module: Any, arguments: Any, named: Any) -> None:
+            self.rows += len(arguments[0] if arguments else named["hidden_states"])
+
+        hook = denoiser.register_forward_pre_hook(count, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopwatch(StageRun):
+    """A run that keeps the core-seconds at which each step was logged."""
+
+    times: list[float] = field(default_factory=list)
+
+    def log(self, **numbers: float | int | str) -> None:
+        self.times.append(time.process_time())
+        super().log(**numbers)
+
+
+def affordable(method: Any, model: Any, concept: Any, pairs: Pairs, folder: Path) -> int | None:
+    """The steps that fit into `SECONDS`, from the second and third step of a first try; None of a method without."""
+    if not hasattr(method, "max_train_steps"):
+        return None
+    run = Stopwatch(
+        folder=folder / "probe", seed=SEED, device=model.device, sampling=load_recipe("toybox-fire").sampling
+    )
+    began = time.process_time()
+    replace(method, max_train_steps=4).erase(model, concept, pairs=pairs if method.takes_pairs else None, run=run)
+    second, _, last = run.times[-3:]
+    step, before = (last - second) / 2, run.times[0] - began
+    return max(1, int((SECONDS - before) / step))
+
+
+def trial(out: Path, name: str, number: int, config: dict[str, Any]) -> dict[str, Any]:
+    """Train one configuration for as long as it may, and look at what it draws."""
+    torch.set_num_threads(1)
+    recipe, concept = load_recipe("toybox-fire"), load_concept("toybox-fire")
+    model = load_family("toybox", device="cpu")
+    base, references = reference(out, model, concept, recipe.sampling, **LOOKED_AT)
+    pairs = Pairs.read(out / "pairs-run" / "pairs")
+    folder = out / f"{name}-{number:02d}"
+    method = made(name, config)
+    steps = affordable(method, model, concept, pairs, folder)
+    if steps is not None:
+        config = {**config, "max_train_steps": min(method.max_train_steps, steps)}
+        method = made(name, config)
+    run = StageRun(folder=folder, seed=SEED, device=model.device, sampling=recipe.sampling)
+    meter, began = Meter(), time.process_time()
+    with meter.on(model.denoiser):
+        delta = method.erase(model, concept, pairs=pairs if method.takes_pairs else None, run=run)
+    seconds = time.process_time() - began
+    delta.save(folder / "delta.safetensors")
+    with delta.attached(model):
+        seen, _ = look(model, concept, recipe.sampling, references, **LOOKED_AT)
+    record = {"method": name, "trial": number, "config": config, "core_seconds": round(seconds, 1), "rows": meter.rows}
+    return {**record, **seen, "objective": objective(seen, base), "base": base}
+
+
+def tune(out: Path, workers: int, only: list[str]) -> None:
+    """All trials of all methods, or of some."""
+    concept = load_concept("toybox-fire")
+    session = Session(load_recipe("toybox-fire", overrides=["seed=1000"]), out / "pairs-run")
+    make_pairs(session)
+    reference(out, session.model, concept, session.recipe.sampling, **LOOKED_AT)
+    log = out / "trials.jsonl"
+    done = {(row["method"], row["trial"]) for row in read_jsonl(log, appended=True)}
+    with ProcessPoolExecutor(workers, max_tasks_per_child=1) as pool:
+        futures = {
+            (name, number): pool.submit(trial, out, name, number, config)
+            for number in range(TRIALS)
+            for name in only or SPACES
+            if (name, number) not in done
+            for config in [configurations(name)[number]]
+        }
+        for (name, number), future in futures.items():
+            try:
+                row = future.result()
+            except UserError as error:  # a diverged trial is a result: the worst one
+                row = {"method": name, "trial": number, "config": configurations(name)[number]}
+                row |= {"objective": DIVERGED, "error": str(error)}
+            append_jsonl(log, {**row, "world_digest": world_digest()})
+            told = {key: round(value, 3) for key, value in row.items() if isinstance(value, float)}
+            print(name, number, told, flush=True)
+    for name in only or SPACES:
+        rows = [row for row in read_jsonl(log, appended=True) if row["method"] == name]
+        print(json.dumps(min(rows, key=lambda row: row["objective"]), sort_keys=True))
+
+
+# --- the comparison ---------------------------------------------------------------------------------
+
+
+def recipes() -> dict[str, str]:
+    """Method → the recipe that ships the best of its trials."""
+    return {
+        "duo": "toybox-fire-duo",
+        **{name: f"toybox-fire-{name.replace('_', '-')}" for name in SPACES if name != "duo"},
+    }
+
+
+def compared(out: Path, method: str, name: str) -> dict[str, Any]:
+    """One recipe on the scored prompts, without attacks, and what the erasure cost (pairs of images included)."""
+    torch.set_num_threads(1)
+    recipe = load_recipe(name, overrides=[f"score.unrelated={IMAGES}"])
+    rows = tuple(replace(row, images=IMAGES) for row in recipe.attacks if row.row in ROWS)
+    session = Session(replace(recipe, attacks=rows), out / f"compare-{method}")
+    meter, began, cpu = Meter(), time.perf_counter(), time.process_time()
+    with meter.on(session.model.denoiser):
+        if session.method.takes_pairs:
+            make_pairs(session)
+        erase(session)
+    cost = {
+        "seconds": round(time.perf_counter() - began, 1),
+        "core_seconds": round(time.process_time() - cpu, 1),
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "denoiser_rows": meter.rows,
+    }
+    costs = out / f"compare-{method}" / "cost.json"
+    if not costs.exists():  # a run that is read back costs nothing
+        write_json(costs, cost)
+    attack(session)
+    score(session)
+    scores = read_json(out / f"compare-{method}" / "score" / "scores.json")
+    sections = ("attacks", "preservation", "attributes", "near_misses")
+    return {"recipe": name, "cost": read_json(costs), **{key: scores[key] for key in sections}}
+
+
+def compare(out: Path, docs: Path, workers: int) -> None:
+    """Every method's recipe, as `docs/methods.json`."""
+    with ProcessPoolExecutor(workers, max_tasks_per_child=1) as pool:
+        found = {name: pool.submit(compared, out, name, recipe) for name, recipe in recipes().items()}
+        results = {name: future.result() for name, future in found.items()}
+    command = "python benchmarks/methods.py compare"
+    write_json(
+        docs / "methods.json", {"methods": results, "world_digest": world_digest(), **machine(), "command": command}
+    )
+    print(table(results))
+
+
+def table(results: dict[str, Any]) -> str:
+    """The numbers as a Markdown table."""
+    lines = [
+        "| method | plain: fire | held-out words | held-out subjects | spoiled (plain) | attributes, unrelated "
+        "| preservation | core-seconds | peak memory | denoiser rows |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, one in results.items():
+        rows = {row["name"]: row for row in one["attacks"] if row["model"] == "erased"}
+        unrelated = one["attributes"]["unrelated"]
+        kept = [unrelated[model]["all"]["mean"] for model in ("original", "erased")]
+        cost = one["cost"]
+        lines.append(
+            f"| {name} | "
+            + " | ".join(f"{rows[row]['rate']:.1%} ({rows[row]['low']:.0%}–{rows[row]['high']:.0%})" for row in ROWS)
+            + f" | {rows['prompts']['corrupted_rate']:.0%} | {kept[1]:.1%} (of {kept[0]:.1%}) | "
+            f"{one['preservation']['mean']:.3f} | {cost['core_seconds']:.0f} | {cost['peak_memory_mib']} MiB | "
+            f"{cost['denoiser_rows']:,} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=("tune", "compare"))
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--only", nargs="*", default=[], help="some of the methods")
+    given = parser.parse_args()
+    if given.task == "tune":
+        tune(given.out, given.workers, given.only)
+    else:
+        compare(given.out, given.docs, given.workers)
+
+
+if __name__ == "__main__":
+    main()
