@@ -101,6 +101,20 @@ class Attempt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Span:
+    """Where a text encoder's reading of a prompt lies in a row of `Conditioning.embeds`.
+
+    Its words are at `first` up to before `end`, which is `first` where there are none. There its end token stands, and
+    then padding up to before `stop`. `start` is where its start token stands; None of an encoder without one (T5).
+    """
+
+    start: int | None
+    first: int
+    end: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class KohyaLayer:
     """Where kohya's LoRA files keep a layer of a denoiser: in `module`, which stacks the outputs of several layers.
 
@@ -199,6 +213,9 @@ class Family(Protocol):
 
     def encoders(self) -> list[nn.Module]:
         """The VAE and the text encoders: what waits on the CPU while the denoiser is trained (`Precision.offload`)."""
+
+    def spans(self, prompt: str) -> list[Span]:
+        """Where the prompt's words lie along its `text`: one for each of the encoders that follow one another there."""
 
     # What text attacks need (Access.TEXT and above).
     def token_embeddings(self) -> Tensor:

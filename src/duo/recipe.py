@@ -33,7 +33,7 @@
     unrelated = 60
 
 A recipe may start from another: `extends` names it (or gives a path), tables are merged field by field, lists replaced,
-and `set` holds overrides as `--set` gives them:
+a [method] of another name too, and `set` holds overrides as `--set` gives them:
 
     extends = "toybox-fire"
     set = ["attacks.prompts.images=500"]
@@ -234,7 +234,11 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         parent = _path(extends, path.parent)
         if parent.resolve() in (one.resolve() for one in (*below, path)):
             raise UserError(f"{path}: extends leads back to {parent}; a recipe cannot extend itself")
-        table = _merged(_read(parent, (*below, path)), table)
+        base = _read(parent, (*below, path))
+        old, new = base.get("method"), table.get("method")
+        if isinstance(old, dict) and isinstance(new, dict) and new.get("name", old.get("name")) != old.get("name"):
+            del base["method"]  # the fields of one method say nothing to another
+        table = _merged(base, table)
     if not isinstance(overrides, list) or not all(isinstance(one, str) for one in overrides):
         raise UserError(f"{path}: set is {overrides!r}, expected a list of field=value")
     for override in overrides:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -63,11 +63,19 @@ class Lora:
 
 
 @contextmanager
-def attach_lora(denoiser: nn.Module, targets: Sequence[str], *, rank: int, alpha: float, seed: int) -> Iterator[Lora]:
+def attach_lora(
+    denoiser: nn.Module,
+    targets: Sequence[str],
+    *,
+    rank: int,
+    alpha: float,
+    seed: int,
+    init: Literal["gaussian", "kaiming"] = "gaussian",
+) -> Iterator[Lora]:
     """Put a peft LoRA on the modules named `targets`, and take it off again at the end.
 
-    A is drawn from N(0, 1/rank²) by a generator of `seed` alone and B is zero ("gaussian" in peft), so that the model
-    starts as the reference.
+    A is drawn by a generator of `seed` alone and B is zero, so that the model starts as the reference. `init` is A's:
+    N(0, 1/rank²) ("gaussian" in peft), or uniform within ±1/√fan_in ("kaiming", torch's own of a layer).
     """
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian")
     devices = {parameter.device for parameter in denoiser.parameters() if parameter.device.type == "cuda"}
@@ -83,7 +91,11 @@ def attach_lora(denoiser: nn.Module, targets: Sequence[str], *, rank: int, alpha
             layer.lora_B.float()
         for name in sorted(layers):
             down = layers[name].lora_A[ADAPTER].weight.data
-            down.copy_(torch.randn(down.shape, generator=generator) / rank)
+            if init == "gaussian":
+                drawn = torch.randn(down.shape, generator=generator) / rank
+            else:
+                drawn = (2 * torch.rand(down.shape, generator=generator) - 1) / math.sqrt(down[0].numel())
+            down.copy_(drawn)
         yield Lora(layers, rank=rank, alpha=alpha)
     finally:
         for name, layer in layers.items():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from duo.conditioning import Conditioning
+from duo.plugins import Span
 
 CACHED_BYTES = 2**29
 
@@ -55,6 +56,15 @@ def token_ids(tokenizer: Any, prompt: str, *, length: int | None = None) -> Tens
         return_tensors="pt",
     ).input_ids
     return ids
+
+
+def span(tokenizer: Any, prompt: str, *, length: int | None = None, offset: int = 0) -> Span:
+    """Where the words of a prompt lie in its row of `length` tokens, which begins at `offset`."""
+    length = length or tokenizer.model_max_length
+    start = None if tokenizer.bos_token_id is None else offset  # T5 has no such token
+    first = offset if start is None else offset + 1
+    words = len(tokenizer(prompt, add_special_tokens=False).input_ids)
+    return Span(start=start, first=first, end=min(first + words, offset + length - 1), stop=offset + length)
 
 
 def place(

@@ -18,8 +18,8 @@ from duo.families._flow import SCOPES, FlowProcess, id_rows, reader, size_within
 from duo.families._kohya import flux_layer
 from duo.families._loading import freeze, load_pipeline, save_pipeline
 from duo.families._sampling import as_rgb, check_rows, encode_images, layers_in, make_pipeline, new_scheduler, sample
-from duo.families._text import PromptCache, embedded
-from duo.plugins import KohyaLayer, Sampling
+from duo.families._text import PromptCache, embedded, span
+from duo.plugins import KohyaLayer, Sampling, Span
 
 PATCH = 2  # latents in a token's side
 # What `predict` tells a guidance-distilled model (dev): the scale that FluxPipeline samples at unless told otherwise.
@@ -162,6 +162,10 @@ class Flux:
     def encoders(self) -> list[nn.Module]:
         """The VAE and the text encoders."""
         return [module for module in self._parts.values() if isinstance(module, nn.Module)]
+
+    def spans(self, prompt: str) -> list[Span]:
+        """One, of T5; CLIP is pooled."""
+        return [span(self._t5[0], prompt, length=DEV_LENGTH if self._guided else SCHNELL_LENGTH)]
 
     def token_embeddings(self) -> Tensor:
         """The encoders' tables side by side, (CLIP's vocabulary, width), detached.

@@ -15,9 +15,9 @@ from duo.conditioning import Conditioning
 from duo.families._kohya import unet_layer
 from duo.families._loading import freeze, load_pipeline, save_pipeline
 from duo.families._sampling import as_rgb, check_rows, encode_images, layers_in, make_pipeline, new_scheduler, sample
-from duo.families._text import PromptCache, embedded, place_all, token_ids
+from duo.families._text import PromptCache, embedded, place_all, span, token_ids
 from duo.families._unet import SCOPES, DdpmProcess
-from duo.plugins import KohyaLayer, Sampling
+from duo.plugins import KohyaLayer, Sampling, Span
 
 
 class Sd:
@@ -137,6 +137,10 @@ class Sd:
     def encoders(self) -> list[nn.Module]:
         """The VAE and the text encoders."""
         return [self._vae, self._text_encoder]
+
+    def spans(self, prompt: str) -> list[Span]:
+        """One, of the text encoder."""
+        return [span(self._tokenizer, prompt)]
 
     def token_embeddings(self) -> Tensor:
         """The text encoder's table, (vocabulary, width), detached."""

@@ -18,8 +18,8 @@ from duo.errors import UserError
 from duo.families._flow import SCOPES, FlowProcess, id_rows, reader, size_within, split_tokens, t5_table, vocabulary
 from duo.families._loading import freeze, load_pipeline, save_pipeline
 from duo.families._sampling import as_rgb, check_rows, encode_images, layers_in, make_pipeline, new_scheduler, sample
-from duo.families._text import PromptCache, embedded
-from duo.plugins import KohyaLayer, Sampling
+from duo.families._text import PromptCache, embedded, span
+from duo.plugins import KohyaLayer, Sampling, Span
 
 T5_LENGTH = 256  # tokens, as diffusers' pipelines have it
 
@@ -146,6 +146,11 @@ class Sd3:
     def encoders(self) -> list[nn.Module]:
         """The VAE and the text encoders."""
         return [module for module in self._parts.values() if isinstance(module, nn.Module)]
+
+    def spans(self, prompt: str) -> list[Span]:
+        """That of both CLIPs, which stand side by side, and that of T5 after them; without T5 zeros stand there."""
+        clip = span(self.tokenizer(), prompt)
+        return [clip] if self._t5 is None else [clip, span(self._t5[0], prompt, length=T5_LENGTH, offset=clip.stop)]
 
     def token_embeddings(self) -> Tensor:
         """The encoders' tables side by side, (CLIP's vocabulary, width), detached.

@@ -23,9 +23,9 @@ from duo.errors import UserError
 from duo.families._kohya import sgm_layer
 from duo.families._loading import freeze, load_pipeline, save_pipeline
 from duo.families._sampling import as_rgb, check_rows, encode_images, layers_in, make_pipeline, new_scheduler, sample
-from duo.families._text import PromptCache, embedded, place_all, token_ids
+from duo.families._text import PromptCache, embedded, place_all, span, token_ids
 from duo.families._unet import SCOPES, DdpmProcess
-from duo.plugins import KohyaLayer, Sampling
+from duo.plugins import KohyaLayer, Sampling, Span
 
 
 class Sdxl:
@@ -162,6 +162,10 @@ class Sdxl:
     def encoders(self) -> list[nn.Module]:
         """The VAE and the text encoders."""
         return [self._vae, *self._encoders]
+
+    def spans(self, prompt: str) -> list[Span]:
+        """One, of both text encoders: they stand side by side."""
+        return [span(self._tokenizers[0], prompt)]
 
     def token_embeddings(self) -> Tensor:
         """Both text encoders' tables side by side, (vocabulary, width₁ + width₂), detached."""
