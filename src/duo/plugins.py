@@ -157,6 +157,9 @@ class Family(Protocol):
     def text(self, prompts: Sequence[str], *, tokens: Mapping[str, Tensor] | None = None) -> Conditioning:
         """Encode prompts. Differentiable in `tokens` (placeholder word → embedding (vectors, width))."""
 
+    def unconditional(self) -> Conditioning:
+        """The one row that guidance starts from where there is no negative prompt."""
+
     def latents(self, images: Sequence[Image], *, generator: torch.Generator | None) -> Tensor:
         """VAE-encode, scaled as the denoiser expects; the posterior's mean where `generator` is None."""
 
