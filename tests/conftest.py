@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: tiny tensors o
 
 import pytest
 
-WORDS = "a an red blue house car on fire burning the beach photo of with and boat intact"
+from tiny_flow import WORDS
 
 
 def _write_vocabulary(folder: Path) -> None:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +61,42 @@ def test_a_text_encoder_is_not_filled_up_with_random_weights(tiny_folder: Path, 
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(UserError, match=r"the weights of text_encoder lack .*token_embedding\.weight"):
         load_family(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("shards", ["10GB", "40KB"])
+def test_a_folder_of_the_fp16_variant_alone_is_read(
+    make_tiny_pipeline: Callable[[], Any], tmp_path: Path, capfd: pytest.CaptureFixture[str], shards: str
+) -> None:
+    pipeline = make_tiny_pipeline()
+    wanted = {name: tensor.half().float() for name, tensor in pipeline.unet.state_dict().items()}
+    words = pipeline.text_encoder.get_input_embeddings().weight.half().float()
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16", max_shard_size=shards)
+    weights = [path.name for path in tmp_path.rglob("*.safetensors")]
+    assert all(".fp16" in name for name in weights) and (len(weights) > 3) == (shards == "40KB")
+    model = load_family(str(tmp_path / "half"))
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.denoiser.state_dict().items())
+    assert torch.equal(model.token_embeddings(), words)
+    assert "variant" not in capfd.readouterr().err
+
+
+def test_of_two_variants_the_plain_one_is_read(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "both"
+    shutil.copytree(tiny_folder, folder)
+    for path in list(folder.rglob("*.safetensors")):
+        path.with_suffix(".fp16.safetensors").write_bytes(b"no weights")
+    model, plain = load_family(str(folder)), load_family(str(tiny_folder))
+    assert torch.equal(model.token_embeddings(), plain.token_embeddings())
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_networks_of_several_variants_are_refused(tiny_folder: Path, tmp_path: Path, part: str) -> None:
+    folder = tmp_path / "mixed"
+    shutil.copytree(tiny_folder, folder)
+    (path,) = (folder / part).glob("*.safetensors")
+    path.rename(path.with_suffix(".fp16.safetensors"))
+    with pytest.raises(UserError, match=rf"{part} holds weights of the variant fp16 alone, but .* others") as caught:
+        load_family(str(folder))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_missing_tokenizer_is_named(tiny_folder: Path, tmp_path: Path) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusers.loaders import single_file_utils
+from safetensors.torch import load_file, save_file
 
 from duo.errors import UserError
 from duo.models import load_family
 from duo.plugins import Sampling
-from tiny_unet import sd2_v_pipeline, sdxl_pipeline, single_file
+from tiny_flow import flux_pipeline, sd3_pipeline
+from tiny_single_file import EVERYTHING, single_file
+from tiny_unet import sd2_v_pipeline, sdxl_pipeline
 
 SHORT = Sampling(num_inference_steps=2, guidance_scale=3.0)
 
@@ -55,6 +59,15 @@ def settings_of(folder: Path, out: Path) -> Path:
     return out
 
 
+def narrow_torch() -> SimpleNamespace:
+    """torch for diffusers' converter of FLUX, which splits the single blocks' first layer as a width of 3072 asks."""
+
+    def split(tensor: torch.Tensor, sizes: tuple[int, ...], dim: int) -> tuple[torch.Tensor, ...]:
+        return torch.split(tensor, [len(tensor) * size // sum(sizes) for size in sizes], dim=dim)
+
+    return SimpleNamespace(**{**vars(torch), "split": split})
+
+
 def refused(match: str, *arguments: Any, **named: Any) -> None:
     with pytest.raises(UserError, match=match) as caught:
         load_family(*arguments, **named)
@@ -73,6 +86,37 @@ def test_a_checkpoint_draws_what_its_folder_draws(checkpoint: tuple[Path, Path],
     assert np.abs(ours - wanted).max() <= 1
     single.save(tmp_path / "saved")
     assert type(load_family(str(tmp_path / "saved"))) is type(whole)
+
+
+# What the published files of SD3 (all, or without text encoders) and FLUX hold.
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [(sd3_pipeline, EVERYTHING), (sd3_pipeline, ("transformer", "vae")), (flux_pipeline, ("transformer",))],
+    ids=["sd3", "sd3 without encoders", "flux"],
+)
+def test_what_a_checkpoint_of_a_transformer_lacks_comes_from_the_settings(
+    vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, parts: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(single_file_utils, "torch", narrow_torch())
+    pipeline = make(vocabulary)
+    pipeline.save_pretrained(tmp_path / "settings")
+    whole = load_family(str(tmp_path / "settings"))
+    path = write(tmp_path / "one.safetensors", single_file(pipeline, parts=parts))
+    for part in parts:
+        (weights,) = (tmp_path / "settings" / part).glob("*.safetensors")
+        weights.unlink()
+    single = load_family(str(path), config=str(tmp_path / "settings"))
+    assert type(single) is type(whole)
+    for (name, tensor), (other, wanted) in zip(
+        single.denoiser.state_dict().items(), whole.denoiser.state_dict().items(), strict=True
+    ):
+        assert name == other
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=0)
+    ours, wanted = (
+        np.asarray(model.generate(["a red house"], seeds=[1], sampling=SHORT)[0], dtype=np.int16)
+        for model in (single, whole)
+    )
+    assert np.abs(ours - wanted).max() <= 1
 
 
 def test_settings_that_are_not_at_hand_are_one_line(sd1: Path) -> None:
@@ -117,12 +161,24 @@ def test_a_checkpoint_marked_as_v_prediction_needs_such_settings(
     ],
 )
 def test_the_part_that_lacks_a_weight_is_named(sd1: Path, tiny_folder: Path, part: str, lacking: str) -> None:
-    from safetensors.torch import load_file
-
     tensors = load_file(sd1)
     del tensors[lacking]
     save_file(tensors, sd1)
     refused(rf"the weights of {part} (lack .*|are not all in the file); restore", str(sd1), config=str(tiny_folder))
+
+
+def test_a_denoiser_that_is_not_all_there_is_named(
+    tmp_path: Path, sd1: Path, tiny_folder: Path, vocabulary: Path
+) -> None:
+    tensors = {name: one for name, one in load_file(sd1).items() if not name.startswith("model.diffusion_model.")}
+    path = write(tmp_path / "no-unet.safetensors", tensors)
+    refused("the weights of unet are not all in the file; restore it", str(path), config=str(tiny_folder))
+    pipeline = sd3_pipeline(vocabulary)
+    pipeline.save_pretrained(tmp_path / "sd3")
+    tensors = single_file(pipeline, parts=("transformer", "vae"))
+    del tensors["model.diffusion_model.x_embedder.proj.weight"]
+    path = write(tmp_path / "gap.safetensors", tensors)
+    refused("the weights of transformer are not all in the file", str(path), config=str(tmp_path / "sd3"))
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".bin", ".pt", ".pth"])

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 LENGTH = 24  # CLIP tokens
 WORDS = "a an red blue house car on fire burning the beach photo of with and boat intact"
+
+
+def seeded(make: Callable[..., Any]) -> Callable[..., Any]:
+    """A maker of pipelines whose weights are those of seed 0, and that show no progress bar."""
+
+    @wraps(make)
+    def made(*arguments: Any, **named: Any) -> Any:
+        import torch
+
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            pipeline = make(*arguments, **named)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return made
 
 
 def clip_tokenizer(vocabulary: Path, **special: str) -> Any:
@@ -79,75 +97,70 @@ def vae() -> Any:
     )
 
 
+@seeded
 def sd3_pipeline(vocabulary: Path, *, with_t5: bool = True) -> Any:
     """A `StableDiffusion3Pipeline` as SD3.5 is: two attentions in the first block, normalised queries, shift 3."""
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     tokenizer, other = clip_tokenizer(vocabulary), clip_tokenizer(vocabulary, pad_token="!")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tokenizer_3, text_encoder_3 = t5(48) if with_t5 else (None, None)
-        pipeline = StableDiffusion3Pipeline(
-            transformer=SD3Transformer2DModel(
-                sample_size=8,
-                in_channels=8,
-                out_channels=8,
-                num_layers=2,
-                attention_head_dim=8,
-                num_attention_heads=2,
-                joint_attention_dim=48,
-                caption_projection_dim=16,
-                pooled_projection_dim=20,
-                pos_embed_max_size=12,
-                dual_attention_layers=(0,),
-                qk_norm="rms_norm",
-            ),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-            vae=vae(),
-            text_encoder=clip_encoder(tokenizer, width=16, projected=8),
-            tokenizer=tokenizer,
-            text_encoder_2=clip_encoder(other, width=24, projected=12),
-            tokenizer_2=other,
-            text_encoder_3=text_encoder_3,
-            tokenizer_3=tokenizer_3,
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    tokenizer_3, text_encoder_3 = t5(48) if with_t5 else (None, None)
+    text_encoder = clip_encoder(tokenizer, width=16, projected=16)
+    torch.nn.init.eye_(text_encoder.text_projection.weight)  # diffusers takes it for that in single files
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=8,
+            out_channels=8,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            caption_projection_dim=16,
+            pooled_projection_dim=16 + 12,
+            pos_embed_max_size=12,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(),
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        text_encoder_2=clip_encoder(other, width=24, projected=12),
+        tokenizer_2=other,
+        text_encoder_3=text_encoder_3,
+        tokenizer_3=tokenizer_3,
+    )
 
 
+@seeded
 def flux_pipeline(vocabulary: Path, *, dev: bool = True) -> Any:
     """A `FluxPipeline` as dev is, with a guidance embedding and a dynamic shift, or as schnell, with neither."""
-    import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     tokenizer = clip_tokenizer(vocabulary)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        tokenizer_2, text_encoder_2 = t5(48)
-        pipeline = FluxPipeline(
-            transformer=FluxTransformer2DModel(
-                in_channels=32,
-                num_layers=1,
-                num_single_layers=1,
-                attention_head_dim=16,
-                num_attention_heads=2,
-                joint_attention_dim=48,
-                pooled_projection_dim=16,
-                guidance_embeds=dev,
-                axes_dims_rope=(4, 6, 6),
-            ),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.15)
-            if dev
-            else FlowMatchEulerDiscreteScheduler(shift=1.0),
-            vae=vae(),
-            text_encoder=clip_encoder(tokenizer, width=16, projected=None),
-            tokenizer=tokenizer,
-            text_encoder_2=text_encoder_2,
-            tokenizer_2=tokenizer_2,
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    tokenizer_2, text_encoder_2 = t5(48)
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            in_channels=32,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            pooled_projection_dim=16,
+            guidance_embeds=dev,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.15)
+        if dev
+        else FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae(),
+        text_encoder=clip_encoder(tokenizer, width=16, projected=None),
+        tokenizer=tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+    )
 
 
 def first_call(model: Any, draw: Any) -> dict[str, Any]:

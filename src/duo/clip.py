@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,13 +18,13 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from duo.errors import UserError
+from duo.errors import UserError, first_line
+from duo.sources import hub_file, is_hub_id
 
 T = TypeVar("T")
 BATCH = 32
 CONFIG = "config.json"
 FEWEST_TOKENS = 256  # the bytes alone are so many
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Clip:
@@ -106,17 +105,12 @@ def find_clip(source: str, where: str) -> None:
         if not (folder / CONFIG).is_file():
             raise UserError(f"{where}: {source} is not a CLIP folder of transformers: it has no {CONFIG}")
         return
-    if not _HUB_ID.fullmatch(source):
+    if not is_hub_id(source):
         raise UserError(f"{where}: model is {source!r}, which is neither a folder nor a hub id")
-    from huggingface_hub import hf_hub_download
-
     try:
-        hf_hub_download(source, CONFIG)
-    except (OSError, ValueError) as error:  # every error of the hub client is one of these
-        raise UserError(
-            f"{where}: {source!r} is neither a folder nor a CLIP that the hub client can get ({_first_line(error)}); "
-            "give model a local folder, or fetch it where there is a network"
-        ) from error
+        hub_file(source, CONFIG, kind="a CLIP")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 @lru_cache(maxsize=2)
@@ -139,12 +133,8 @@ def _read(cls: Any, source: str, **options: Any) -> Any:
     try:
         return cls.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{source} cannot be read as a {cls.__name__}: {_first_line(error)}") from error
+        raise UserError(f"{source} cannot be read as a {cls.__name__}: {first_line(error)}") from error
 
 
 def _batches(items: Sequence[T]) -> Iterator[Sequence[T]]:
     return (items[first : first + BATCH] for first in range(0, len(items), BATCH))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,6 +13,11 @@ class UserError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, as part of a one-line message: its first line, or its type's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` where something known is close, else the whole list; nothing where nothing is known."""
     known = sorted(known)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duo import plugins
-from duo.errors import UserError, did_you_mean
+from duo.errors import UserError, did_you_mean, first_line
+from duo.sources import PICKLES, hub_file, is_hub_id
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDED = ("toybox", "toybox-never-fire")
 INDEX = "model_index.json"
-PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 # How a key begins, or what follows the denoiser's prefix, that only checkpoints of one pipeline class hold, in the
 # order to be tried.
 _DENOISER = "model.diffusion_model."
@@ -27,7 +25,6 @@ _MARKS = {
     "joint_blocks.": "StableDiffusion3Pipeline",
     "double_blocks.": "FluxPipeline",
 }
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def usable_device(device: torch.device | str) -> torch.device:
@@ -38,8 +35,9 @@ def usable_device(device: torch.device | str) -> torch.device:
         torch.ones(1, device=device).item()
         return torch.device(device)
     except (RuntimeError, AssertionError, ImportError) as error:  # torch asserts that it was built for CUDA
-        reason = (str(error).strip() or "there is none").splitlines()[0]
-        raise UserError(f"--device {device}: {reason}; give one that this machine has, such as cpu") from error
+        raise UserError(
+            f"--device {device}: {first_line(error)}; give one that this machine has, such as cpu"
+        ) from error
 
 
 def load_family(
@@ -81,7 +79,7 @@ def denoiser_config(model: str, component: str, *, config: str | None = None) ->
     source, index = _locate(model)
     path = index.parent / component / "config.json"
     if hub_id(source) is not None and not path.is_file():
-        path = _hub_file(model, f"{component}/config.json")
+        path = hub_file(model, f"{component}/config.json", kind="a model")
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -92,7 +90,7 @@ def denoiser_config(model: str, component: str, *, config: str | None = None) ->
 def hub_id(model: str) -> str | None:
     """`model` where it is the id of a hub model, which others can look up; None for what is embedded or a file here."""
     local = model in EMBEDDED or Path(model).expanduser().exists()
-    return None if local or not _HUB_ID.fullmatch(model) else model
+    return None if local or not is_hub_id(model) else model
 
 
 def local_folder(model: str) -> Path | None:
@@ -124,10 +122,6 @@ def _find(model: str, config: str | None) -> tuple[Any, str]:
     for name in plugins.names("families"):
         family: Any = plugins.load("families", name)
         if pipeline in family.pipelines:
-            if single and "config" not in inspect.signature(family.load).parameters:
-                raise UserError(
-                    f"single checkpoints of a {pipeline} are not read; give the diffusers folder of {model!r}"
-                )
             return family, source
         supported |= family.pipelines
     raise UserError(f"model {model!r} is a {pipeline}; supported are {', '.join(sorted(supported))}")
@@ -151,10 +145,10 @@ def _locate(model: str) -> tuple[str, Path]:
                 f"{model or 'model is empty, and the folder here'} is not a diffusers model: it has no {INDEX}"
             )
         return str(folder), folder / INDEX
-    if not _HUB_ID.fullmatch(model):
+    if not is_hub_id(model):
         known = did_you_mean(model, EMBEDDED)
         raise UserError(f"no model is called {model!r}, nor is it a folder, a checkpoint or a hub id{known}")
-    return model, _hub_file(model, INDEX)
+    return model, hub_file(model, INDEX, kind="a model")
 
 
 def _checkpoint_class(path: Path, config: str | None) -> str:
@@ -192,17 +186,6 @@ def _keys(path: Path) -> dict[str, list[int]]:
             return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as a .safetensors checkpoint: {error}") from error
-
-
-def _hub_file(model: str, name: str) -> Path:
-    """A file of a hub model, from the cache or, unless HF_HUB_OFFLINE is set, from the hub."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(model, name))
-    except (OSError, ValueError) as error:  # every error of the hub client is one of these
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{model!r} is neither a folder nor a model that the hub client can get: {reason}") from error
 
 
 def _pipeline_class(index: Path) -> str:

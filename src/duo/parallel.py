@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from duo.errors import UserError
+from duo.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +64,7 @@ def start(device: str) -> str:
     try:
         state = PartialState(cpu=on_cpu, **({"backend": "gloo"} if on_cpu else {}))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the {size()} processes cannot join ({_line(error)}); launch them again") from error
+        raise UserError(f"the {size()} processes cannot join ({first_line(error)}); launch them again") from error
     return str(state.device) if device == "cuda" else device
 
 
@@ -196,9 +196,5 @@ def _meeting() -> _Meeting:
     try:
         store, _, _ = next(rendezvous("env://"))
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the {size()} processes cannot meet ({_line(error)}); launch them again") from error
+        raise UserError(f"the {size()} processes cannot meet ({first_line(error)}); launch them again") from error
     return _Meeting(PrefixStore("duo", store))
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -173,10 +173,16 @@ class Family(Protocol):
     device: torch.device
     denoiser: nn.Module
     process: Process
-    latent_shape: tuple[int, int, int]  # (channels, height, width) of a latent at the model's own image size
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a latent at the model's own image size."""
 
     def text(self, prompts: Sequence[str], *, tokens: Mapping[str, Tensor] | None = None) -> Conditioning:
         """Encode prompts. Differentiable in `tokens` (placeholder word → embedding (vectors, width))."""
+
+    def unconditional(self) -> Conditioning:
+        """The one row that guidance starts from where there is no negative prompt."""
 
     def latents(self, images: Sequence[Image], *, generator: torch.Generator | None) -> Tensor:
         """VAE-encode, scaled as the denoiser expects; the posterior's mean where `generator` is None."""

@@ -84,6 +84,9 @@ class LinearFamily:
         (learned,) = (tokens or {}).values()
         return Conditioning(embeds=learned.expand(len(prompts), *learned.shape))
 
+    def unconditional(self) -> Conditioning:
+        return Conditioning(embeds=torch.zeros(1, 1, WIDTH))
+
     def latents(self, images: Sequence[Image.Image], *, generator: torch.Generator | None) -> Tensor:
         assert generator is None
         levels = torch.tensor([image.getpixel((0, 0))[0] / 255 for image in images])

@@ -179,6 +179,28 @@ def test_what_does_not_fit_the_pairs_or_the_model(tiny_sd, pairs: Pairs, tmp_pat
         erase(replace(QUICK, targets=("self-attention",)), tiny_sd, pairs, RecordingRun(tmp_path))
 
 
+@pytest.mark.parametrize("force_zeros", [True, False])
+def test_training_is_at_what_guidance_starts_from(
+    vocabulary: Path, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force_zeros: bool
+) -> None:
+    from duo.families.sdxl import Sdxl
+    from tiny_unet import sdxl_pipeline
+
+    model = Sdxl(sdxl_pipeline(vocabulary, force_zeros=force_zeros), name="tiny")
+    asked: list[Any] = []
+    predict = Sdxl.predict
+    monkeypatch.setattr(
+        Sdxl, "predict", lambda self, x_t, t, text: (asked.append(text), predict(self, x_t, t, text))[1]
+    )
+    erase(replace(QUICK, max_train_steps=1), model, pairs, RecordingRun(tmp_path))
+    assert len(asked) == 2  # reference and policy
+    empty = model.text([""]).expand(6)
+    for text in asked:
+        for part, encoded in ((text.embeds, empty.embeds), (text.pooled, empty.pooled)):
+            torch.testing.assert_close(part, torch.zeros_like(encoded) if force_zeros else encoded)
+    assert min(empty.embeds.abs().max(), empty.pooled.abs().max()) > 0
+
+
 def test_preconditioned_errors_are_those_of_the_clean_image(
     vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,10 +1,10 @@
-"""What the families with a multimodal transformer share: rectified flow, layer scopes, words for several encoders."""
+"""What the families with a multimodal transformer share: rectified flow, layer scopes, T5."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.nn.functional import embedding_bag
 from transformers import T5EncoderModel
 
 from duo.errors import UserError
-from duo.families._text import place_all, token_ids
+from duo.families._text import table
 
 # Where the modules of a scope lie in an SD3Transformer2DModel or FluxTransformer2DModel. The published choice of DUO is
 # every to_q, to_k, to_v and to_out.0, here "self_attention": the image's side of the joint attention, SD3.5's second
@@ -106,40 +106,18 @@ class FlowProcess:
         return t
 
 
-def id_rows(
-    tokenizer: Any, prompts: Sequence[str], tokens: Mapping[str, Tensor], *, length: int
-) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
-    """Ids (n, length), and (row, position, vector) of each learned vector, as `_text.embedded` takes them."""
-    if tokens:
-        return place_all(tokenizer, prompts, tokens, length=length)
-    return torch.cat([token_ids(tokenizer, prompt, length=length) for prompt in prompts]), []
-
-
 def reader(encoder: Any) -> Any:
     """The module whose input embeddings are read: `T5EncoderModel`'s own are tied to them, and never called."""
     return encoder.encoder if isinstance(encoder, T5EncoderModel) else encoder
 
 
-def split_tokens(tokens: Mapping[str, Tensor], encoders: Sequence[Any]) -> list[dict[str, Tensor]]:
-    """Learned words for each encoder: the columns of a word are the encoders' embeddings, side by side."""
-    widths = [encoder.get_input_embeddings().weight.shape[1] for encoder in encoders]
-    for word, vectors in tokens.items():
-        if vectors.shape[-1] != sum(widths):
-            raise UserError(
-                f"the learned word {word} has vectors of width {vectors.shape[-1]}, but this model's encoders take "
-                f"{' + '.join(map(str, widths))} = {sum(widths)}; learn it on this model"
-            )
-    parts = {word: vectors.split(widths, dim=-1) for word, vectors in tokens.items()}
-    return [{word: columns[i] for word, columns in parts.items()} for i in range(len(encoders))]
-
-
 def t5_table(encoder: Any, tokenizer: Any, words: Sequence[str]) -> Tensor:
     """For each word the mean of its T5 token embeddings, (words, width), detached; zeros where it has no token."""
     ids = [tokenizer(word, add_special_tokens=False).input_ids if word else [] for word in words]
-    table: Tensor = encoder.get_input_embeddings().weight.detach()
-    lengths = torch.tensor([0, *(len(row) for row in ids[:-1])], device=table.device)
-    flat = torch.tensor([one for row in ids for one in row], dtype=torch.long, device=table.device)
-    return embedding_bag(flat, table, lengths.cumsum(0), mode="mean")
+    own = table(encoder)
+    lengths = torch.tensor([0, *(len(row) for row in ids[:-1])], device=own.device)
+    flat = torch.tensor([one for row in ids for one in row], dtype=torch.long, device=own.device)
+    return embedding_bag(flat, own, lengths.cumsum(0), mode="mean")
 
 
 def vocabulary(tokenizer: Any, size: int) -> list[str]:

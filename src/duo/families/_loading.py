@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,10 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from duo.errors import UserError
+from duo.errors import UserError, first_line
+from duo.sources import PICKLES
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
-PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+HALF = "fp16"  # diffusers' name for the variant of a model's files that is kept in float16
 
 
 def load_pipeline(
@@ -39,8 +41,9 @@ def load_pipeline(
 ) -> Any:
     """A pipeline of diffusers' class `kind` from a folder, hub id or checkpoint file, on the CPU, safetensors only.
 
-    A checkpoint file holds weights alone: the rest comes from `config`, the folder or hub id of a diffusers model of
-    its kind, or, where None, of the model that diffusers takes the keys for.
+    A checkpoint file holds weights alone: the rest, VAE and text encoders that it lacks included, comes from `config`,
+    the folder or hub id of a diffusers model of its kind, or, where None, of the model that diffusers takes the keys
+    for. A folder whose networks have files of the variant "fp16" alone is read from these.
 
     A component of `optional` may be `[null, null]` in the model's index; one of `dropped` is left out whatever the
     index says. `arguments` go to the pipeline's constructor. Raises `UserError` where a component or a weight is
@@ -59,11 +62,8 @@ def load_pipeline(
         )
     with _one_line(name), quiet():
         index = kind.load_config(str(path_or_id))
-    parts = _components(kind, index, name=name, optional=optional, dropped=dropped)
-    if Path(path_or_id).is_dir():
-        for part, cls in parts.items():
-            _check_folder(Path(path_or_id) / part, cls)
-    left_out = {part: None for part in (*dropped, *optional) if part in _parameters(kind) and part not in parts}
+    parts, left_out = _components(kind, index, name=name, optional=optional, dropped=dropped)
+    variant = _check_folders(Path(path_or_id), parts) if Path(path_or_id).is_dir() else None
     told: dict[str, list[str]] = {}
     loaded: dict[str, Any] = {}
     with _one_line(name), quiet():
@@ -71,7 +71,7 @@ def load_pipeline(
             if issubclass(cls, transformers.PreTrainedModel):
                 loaded[part], told[part] = _load_encoder(cls, path_or_id, part, dtype=dtype)
         pipeline = kind.from_pretrained(
-            str(path_or_id), dtype=dtype, use_safetensors=True, **loaded, **left_out, **arguments
+            str(path_or_id), dtype=dtype, variant=variant, use_safetensors=True, **loaded, **left_out, **arguments
         )
     refuse_gaps(pipeline, name=name, told=told)
     return pipeline
@@ -96,19 +96,20 @@ def _load_file(
         with quiet():
             index = kind.load_config(source)
     except (OSError, ValueError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(
             f"model {name!r} is weights alone, and the settings of {source!r} cannot be read ({reason}); "
             "give model_config = a local diffusers folder of the same kind"
         ) from error
-    parts = _components(kind, index, name=source, optional=optional, dropped=dropped)
-    left_out = {part: None for part in (*dropped, *optional) if part in _parameters(kind) and part not in parts}
+    parts, left_out = _components(kind, index, name=source, optional=optional, dropped=dropped)
     told: dict[str, list[str]] = {}
     loaded: dict[str, Any] = {}
     with _one_line(name), quiet(), _unadvised():
         for part, cls in parts.items():
             if issubclass(cls, transformers.PreTrainedModel) and not _holds_encoder(cls, keys):
                 loaded[part], told[part] = _load_encoder(cls, source, part, dtype=dtype)
+            elif issubclass(cls, diffusers.AutoencoderKL) and not _holds_vae(keys):
+                loaded[part] = _load_vae(cls, source, part, dtype=dtype)
             elif issubclass(cls, diffusers.ModelMixin):
                 loaded[part] = _load_network(cls, path, part, name=name, dtype=dtype, config=source)
         fixed = {"config": source, **loaded, **left_out, **arguments}
@@ -131,16 +132,23 @@ def _load_network(cls: Any, path: Path, part: str, *, name: str, dtype: torch.dt
     """A network of diffusers from a checkpoint file; on its own, for only so is it known where weights are missing."""
     try:
         return cls.from_single_file(str(path), config=config, subfolder=part, dtype=dtype)
-    except NotImplementedError as error:  # a weight without data cannot be moved, and diffusers does not say which
+    # A weight without data cannot be moved, and diffusers does not say which; or its converter looked for it in vain.
+    except (NotImplementedError, KeyError, single_file_utils.SingleFileComponentError) as error:
         raise UserError(f"model {name!r}: the weights of {part} are not all in the file; restore it") from error
 
 
 def _load_encoder(cls: Any, path_or_id: str | Path, part: str, *, dtype: torch.dtype) -> tuple[Any, list[str]]:
     """A network of transformers, and the weights that it had to make up: told only where it is loaded on its own."""
+    variant = _variant(_files(Path(path_or_id) / part))
     encoder, info = cls.from_pretrained(
-        str(path_or_id), subfolder=part, dtype=dtype, use_safetensors=True, output_loading_info=True
+        str(path_or_id), subfolder=part, dtype=dtype, variant=variant, use_safetensors=True, output_loading_info=True
     )
     return encoder, sorted(info["missing_keys"])
+
+
+def _load_vae(cls: Any, path_or_id: str | Path, part: str, *, dtype: torch.dtype) -> Any:
+    variant = _variant(_files(Path(path_or_id) / part))
+    return cls.from_pretrained(str(path_or_id), subfolder=part, dtype=dtype, variant=variant, use_safetensors=True)
 
 
 def _shapes(path: Path) -> dict[str, Tensor]:
@@ -164,6 +172,11 @@ def _holds_encoder(cls: type, keys: dict[str, Tensor]) -> bool:
     if issubclass(cls, transformers.CLIPTextModel | transformers.CLIPTextModelWithProjection):
         return bool(single_file_utils.is_clip_model_in_single_file(cls, keys))
     return issubclass(cls, transformers.T5EncoderModel) and bool(single_file_utils.is_t5_in_single_file(keys))
+
+
+def _holds_vae(keys: dict[str, Tensor]) -> bool:
+    """Files of FLUX hold the transformer alone."""
+    return any(key.startswith(tuple(single_file_utils.LDM_VAE_KEYS)) for key in keys)
 
 
 def refuse_gaps(pipeline: Any, *, name: str, told: dict[str, list[str]] | None = None) -> None:
@@ -231,11 +244,7 @@ def _one_line(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"model {name!r} cannot be loaded as safetensors: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model {name!r} cannot be loaded as safetensors: {first_line(error)}") from error
 
 
 def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
@@ -246,8 +255,11 @@ def _parameters(kind: Any) -> dict[str, inspect.Parameter]:
 
 def _components(
     kind: Any, index: dict[str, Any], *, name: str, optional: Collection[str], dropped: Collection[str]
-) -> dict[str, type]:
-    """The class of each component that the index names; `UserError` where one that `kind` needs is not named."""
+) -> tuple[dict[str, type], dict[str, None]]:
+    """The class of each component that the index names, and those of `dropped` and `optional` that are left out.
+
+    `UserError` where one that `kind` needs is not named.
+    """
     parts: dict[str, type] = {}
     for part, parameter in _parameters(kind).items():
         entry = index.get(part)
@@ -265,29 +277,48 @@ def _components(
                 "name one of the installed diffusers or transformers"
             )
         parts[part] = found
-    return parts
+    left_out = [part for part in (*dropped, *optional) if part in _parameters(kind) and part not in parts]
+    return parts, dict.fromkeys(left_out)
 
 
-def _check_folder(folder: Path, cls: type) -> None:
-    """Raise `UserError` where a component's folder lacks what `cls` is read from."""
-    if issubclass(cls, transformers.PreTrainedTokenizerBase):  # transformers would make an empty one
-        if not any(path.suffix in (".json", ".model") for path in _files(folder)):
-            raise UserError(f"{folder} holds no tokenizer; restore it")
-    elif issubclass(cls, nn.Module):
-        suffixes = {path.suffix: path for path in _files(folder)}
-        if ".safetensors" not in suffixes:
-            pickle = next((suffixes[suffix] for suffix in PICKLES if suffix in suffixes), None)
-            raise UserError(f"{folder} holds no .safetensors weights; {_how_to_convert(folder, pickle)}")
-    elif not any(path.suffix == ".json" for path in _files(folder)):
-        raise UserError(f"{folder} holds no configuration of a {cls.__name__}; restore it")
+def _check_folders(folder: Path, parts: dict[str, type]) -> str | None:
+    """The variant that a model's files are read in: "fp16" where its networks have no other, else None.
+
+    Raises `UserError` where a component's folder lacks what its class is read from, or the networks' variants differ.
+    """
+    found: dict[str | None, Path] = {}
+    for part, cls in parts.items():
+        files = _files(folder / part)
+        if issubclass(cls, nn.Module):
+            if not any(path.suffix == ".safetensors" for path in files):
+                raise UserError(f"{folder / part} holds no .safetensors weights; {_how_to_convert(folder, files)}")
+            found[_variant(files)] = folder / part
+        elif issubclass(cls, transformers.PreTrainedTokenizerBase):  # transformers would make an empty one
+            if not any(path.suffix in (".json", ".model") for path in files):
+                raise UserError(f"{folder / part} holds no tokenizer; restore it")
+        elif not any(path.suffix == ".json" for path in files):
+            raise UserError(f"{folder / part} holds no configuration of a {cls.__name__}; restore it")
+    if len(found) > 1:
+        raise UserError(
+            f"{found[HALF]} holds weights of the variant {HALF} alone, but {found[None]} has others; "
+            "give all networks the same"
+        )
+    return HALF if HALF in found else None
 
 
-def _how_to_convert(folder: Path, pickle: Path | None) -> str:
+def _variant(files: Collection[Path]) -> str | None:
+    """ "fp16" where a network has weights of that variant alone, whole or in shards."""
+    weights = [path.name for path in files if path.suffix == ".safetensors"]
+    return HALF if weights and all(re.search(rf"\.{HALF}[.-]", name) for name in weights) else None
+
+
+def _how_to_convert(folder: Path, files: Collection[Path]) -> str:
+    pickle = next((path for suffix in PICKLES for path in files if path.suffix == suffix), None)
     if pickle is None:
         return "restore them"
     return (
         f"{pickle.name} is a pickle, which can run code and is not read; convert the model where that is safe: "
-        f"DiffusionPipeline.from_pretrained({str(folder.parent)!r}, use_safetensors=False).save_pretrained(NEW_FOLDER)"
+        f"DiffusionPipeline.from_pretrained({str(folder)!r}, use_safetensors=False).save_pretrained(NEW_FOLDER)"
     )
 
 

@@ -1,4 +1,4 @@
-"""What every family does with prompts: learned words in place of embeddings, and a cache of plain prompts."""
+"""What every family does with prompts: id rows, learned words in place of embeddings, and a cache of plain prompts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from duo.conditioning import Conditioning
+from duo.errors import UserError
 from duo.plugins import Span
 
 CACHED_BYTES = 2**29
@@ -101,6 +102,62 @@ def place_all(
     rows = [place(tokenizer, prompt, tokens, length=length) for prompt in prompts]
     learned = [(i, position, vector) for i, (_, placed) in enumerate(rows) for position, vector in placed]
     return torch.tensor([ids for ids, _ in rows]), learned
+
+
+def id_rows(
+    tokenizer: Any, prompts: Sequence[str], tokens: Mapping[str, Tensor], *, length: int | None = None
+) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
+    """Ids (n, length), and (row, position, vector) of each learned vector, as `embedded` takes them."""
+    if tokens:
+        return place_all(tokenizer, prompts, tokens, length=length)
+    return torch.cat([token_ids(tokenizer, prompt, length=length) for prompt in prompts]), []
+
+
+def repadded(ids: Tensor, first: Any, second: Any) -> Tensor:
+    """Full id rows (n, length) of the tokenizer `first` as `second`, of the same vocabulary, pads them.
+
+    CLIP's end token may be the padding too, so what stands after the first one is padding.
+    """
+    end = ids == first.eos_token_id
+    return ids.masked_fill(end.cumsum(1) - end.int() > 0, second.pad_token_id)
+
+
+def table(encoder: Any) -> Tensor:
+    """A text encoder's input embeddings, (vocabulary, width), detached."""
+    weight: Tensor = encoder.get_input_embeddings().weight
+    return weight.detach()
+
+
+def one_vocabulary(first: Any, second: Any, *, model: str) -> None:
+    """Raise `UserError` where the ids of two tokenizers of CLIP do not mean the same."""
+    if first.get_vocab() != second.get_vocab():
+        raise UserError(
+            f"model {model!r}: CLIP's two tokenizers have different vocabularies, so no learned word fits both; "
+            "leave out the attacks that learn words"
+        )
+
+
+def split_tokens(
+    tokens: Mapping[str, Tensor], encoders: Sequence[Any], *, model: str | None = None
+) -> list[dict[str, Tensor]]:
+    """Learned words for each encoder: the columns of a word are the encoders' embeddings, side by side.
+
+    `UserError` where a word is of another width; it names the `model` where that is given.
+    """
+    widths = [table(encoder).shape[1] for encoder in encoders]
+    for word, vectors in tokens.items():
+        if (width := vectors.shape[-1]) != sum(widths):
+            takes = " + ".join(map(str, widths))
+            if model is not None:
+                told = f"model {model!r}: the learned word {word!r} has width {width}, expected {takes}"
+            else:
+                told = (
+                    f"the learned word {word} has vectors of width {width}, but this model's encoders take "
+                    f"{takes} = {sum(widths)}"
+                )
+            raise UserError(f"{told}; learn it on this model")
+    parts = {word: vectors.split(widths, dim=-1) for word, vectors in tokens.items()}
+    return [{word: columns[i] for word, columns in parts.items()} for i in range(len(encoders))]
 
 
 @contextmanager

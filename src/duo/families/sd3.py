@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL.Image import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from duo.conditioning import Conditioning
-from duo.errors import UserError
-from duo.families._flow import SCOPES, FlowProcess, id_rows, reader, size_within, split_tokens, t5_table, vocabulary
-from duo.families._loading import freeze, load_pipeline, save_pipeline
-from duo.families._sampling import as_rgb, check_rows, encode_images, layers_in, make_pipeline, new_scheduler, sample
-from duo.families._text import PromptCache, embedded, span
-from duo.plugins import KohyaLayer, Sampling, Span
+from duo.families._diffusers import DiffusersFamily
+from duo.families._flow import SCOPES, FlowProcess, reader, size_within, t5_table, vocabulary
+from duo.families._text import embedded, id_rows, one_vocabulary, repadded, span, split_tokens, table
+from duo.plugins import KohyaLayer, Span
 
 T5_LENGTH = 256  # tokens, as diffusers' pipelines have it
 
 
-class Sd3:
-    """A `StableDiffusion3Pipeline` with frozen weights, as `duo.plugins.Family`. Its T5 encoder may be missing.
+class Sd3(DiffusersFamily):
+    """A `StableDiffusion3Pipeline`. Its T5 encoder may be missing: where the index has it as null.
 
     The denoiser reads both CLIP encoders side by side, then T5 (zeros where there is none), and the pooled CLIPs. A
     learned word has an embedding in each encoder; its columns are CLIP, the second CLIP and, where there is one, T5.
@@ -33,66 +30,25 @@ class Sd3:
 
     pipelines: ClassVar[frozenset[str]] = frozenset({"StableDiffusion3Pipeline"})
     component: ClassVar[str] = "transformer"
+    _drawing = StableDiffusion3Pipeline
+    _editing = StableDiffusion3Img2ImgPipeline
+    _scopes = SCOPES
+    _optional = ("text_encoder_3", "tokenizer_3")
+    _dropped = ("image_encoder", "feature_extractor")
 
     def __init__(self, pipeline: StableDiffusion3Pipeline, *, name: str) -> None:
-        self.name = name
-        self.denoiser: nn.Module = pipeline.transformer
-        self.device = torch.device(pipeline.device)
-        self._parts: dict[str, Any] = {
-            part: module for part, module in pipeline.components.items() if part not in ("transformer", "scheduler")
-        }
-        self._scheduler: Any = pipeline.scheduler
+        super().__init__(pipeline, name=name)
         self._config: Any = pipeline.transformer.config
-        self.latent_shape = (self._config.in_channels, self._config.sample_size, self._config.sample_size)
-        self._dtype: torch.dtype = pipeline.transformer.dtype
         self._clips = [(pipeline.tokenizer, pipeline.text_encoder), (pipeline.tokenizer_2, pipeline.text_encoder_2)]
         self._t5 = None if pipeline.text_encoder_3 is None else (pipeline.tokenizer_3, pipeline.text_encoder_3)
-        self._plain = PromptCache(lambda prompt: self._encode([prompt], {}))
         self._patch = pipeline.vae_scale_factor * self._config.patch_size  # a token's side in pixels
         self._images = VaeImageProcessor(vae_scale_factor=self._patch)
-        freeze(module for module in pipeline.components.values() if isinstance(module, nn.Module))
         self.process = FlowProcess.of(
             self._scheduler,
             image_tokens=(self._config.sample_size // self._config.patch_size) ** 2,
             model=name,
             device=self.device,
         )
-
-    @classmethod
-    def load(
-        cls,
-        path_or_id: str | Path,
-        *,
-        name: str,
-        device: torch.device | str,
-        dtype: torch.dtype = torch.float32,
-        config: str | None = None,
-    ) -> Sd3:
-        """Read a diffusers folder, hub model or single checkpoint (with `config`'s settings), safetensors only.
-
-        T5 is left out where the index has it as null.
-        """
-        pipeline = load_pipeline(
-            StableDiffusion3Pipeline,
-            path_or_id,
-            name=name,
-            dtype=dtype,
-            config=config,
-            optional=("text_encoder_3", "tokenizer_3"),
-            dropped=("image_encoder", "feature_extractor"),
-        )
-        return cls(pipeline.to(device), name=name)
-
-    def text(self, prompts: Sequence[str], *, tokens: Mapping[str, Tensor] | None = None) -> Conditioning:
-        """Encode prompts, (n, length, width) with pooled (n, pooled width); differentiable in `tokens`.
-
-        A placeholder stands for its k vectors wherever it occurs as a whole word. A prompt too long loses its end.
-        """
-        return self._encode(prompts, tokens) if tokens else self._plain(prompts)
-
-    def latents(self, images: Sequence[Image], *, generator: torch.Generator | None) -> Tensor:
-        """VAE-encode to (n, channels, height, width), shifted and scaled; sides are rounded down to whole patches."""
-        return encode_images(self._parts["vae"], self._images, images, generator=generator, device=self.device)
 
     def predict(self, x_t: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         """The velocity at noise levels `t` (σ, 0 to 1), in the dtype of `x_t`."""
@@ -106,47 +62,6 @@ class Sd3:
         )[0]
         return output.to(x_t.dtype)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        seeds: Sequence[int],
-        sampling: Sampling,
-        negative_prompts: Sequence[str] | None = None,
-        tokens: Mapping[str, Tensor] | None = None,
-    ) -> list[Image]:
-        """Sample with diffusers' `StableDiffusion3Pipeline`, all prompts in one batch."""
-        check_rows(prompts, seeds, negative_prompts)
-        pipeline = self._pipeline(StableDiffusion3Pipeline, sampling.scheduler)
-        return sample(pipeline, seeds=seeds, sampling=sampling, **self._texts(prompts, negative_prompts, tokens))
-
-    @torch.no_grad()
-    def edit(
-        self,
-        images: Sequence[Image],
-        prompts: Sequence[str],
-        *,
-        strength: float,
-        seeds: Sequence[int],
-        sampling: Sampling,
-        negative_prompts: Sequence[str] | None = None,
-    ) -> list[Image]:
-        """SDEdit with diffusers' `StableDiffusion3Img2ImgPipeline`, all images in one batch, at the images' size."""
-        check_rows(prompts, seeds, negative_prompts, images=images)
-        pipeline = self._pipeline(StableDiffusion3Img2ImgPipeline, sampling.scheduler)
-        text = self._texts(prompts, negative_prompts, None)
-        size = size_within(images, self._patch)
-        return sample(pipeline, seeds=seeds, sampling=sampling, image=as_rgb(images), strength=strength, **size, **text)
-
-    def layers(self, scope: str) -> dict[str, nn.Module]:
-        """The transformer's Linear and Conv2d modules of a scope of `_flow.SCOPES`, by name."""
-        return layers_in(self.denoiser, scope, SCOPES)
-
-    def encoders(self) -> list[nn.Module]:
-        """The VAE and the text encoders."""
-        return [module for module in self._parts.values() if isinstance(module, nn.Module)]
-
     def spans(self, prompt: str) -> list[Span]:
         """That of both CLIPs, which stand side by side, and that of T5 after them; without T5 zeros stand there."""
         clip = span(self.tokenizer(), prompt)
@@ -157,29 +72,20 @@ class Sd3:
 
         T5 has a vocabulary of its own: its columns are the mean of its embeddings of the text of CLIP's token.
         """
-        if self._clips[0][0].get_vocab() != self._clips[1][0].get_vocab():
-            raise UserError(
-                f"model {self.name!r}: its CLIP tokenizers have different vocabularies, so no learned word fits both; "
-                "leave out the attacks that learn words"
-            )
-        tables = [encoder.get_input_embeddings().weight.detach() for _, encoder in self._clips]
+        (tokenizer, first), (other, second) = self._clips
+        one_vocabulary(tokenizer, other, model=self.name)
+        tables = [table(first), table(second)]
         if self._t5 is not None:
-            tokenizer, encoder = self._t5
-            tables.append(t5_table(encoder, tokenizer, vocabulary(self.tokenizer(), len(tables[0]))))
+            t5_tokenizer, t5 = self._t5
+            tables.append(t5_table(t5, t5_tokenizer, vocabulary(tokenizer, len(tables[0]))))
         return torch.cat(tables, dim=1)
 
     @torch.no_grad()
     def encode_ids(self, ids: Tensor) -> Tensor:
         """What the denoiser reads of both CLIPs, (n, length, width), for full id rows (n, length) of the first."""
         (tokenizer, first), (other, second) = self._clips
-        ended = (ids == tokenizer.eos_token_id).cumsum(1) - (ids == tokenizer.eos_token_id).int() > 0
-        repadded = ids.masked_fill(ended, other.pad_token_id)  # the second CLIP pads with another token
-        states = [self._clip(encoder, row)[0] for encoder, row in ((first, ids), (second, repadded))]
-        return torch.cat(states, dim=-1)
-
-    def tokenizer(self) -> Any:
-        """The first `CLIPTokenizer`."""
-        return self._clips[0][0]
+        rows = ids, repadded(ids, tokenizer, other)
+        return torch.cat([self._clip(encoder, row)[0] for encoder, row in zip((first, second), rows, strict=True)], -1)
 
     def word_parts(self) -> dict[str, int]:
         """None: `StableDiffusion3Pipeline` loads no learned words."""
@@ -189,12 +95,6 @@ class Sd3:
     def kohya(layer: str, config: Mapping[str, Any]) -> KohyaLayer | None:
         """None: diffusers reads no LoRA of SD3 in kohya's scheme."""
         return None
-
-    def save(self, folder: Path) -> None:
-        """Write the pipeline under `folder`, which must not exist yet, by renaming a temporary neighbour."""
-        save_pipeline(self._pipeline(StableDiffusion3Pipeline, None), folder)
-
-    # --- text ---------------------------------------------------------------------------------------
 
     def _encode(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Conditioning:
         encoders = [*self._clips, *([] if self._t5 is None else [self._t5])]
@@ -226,21 +126,5 @@ class Sd3:
             states: Tensor = encoder(ids.to(self.device))[0]
         return states
 
-    # --- sampling -----------------------------------------------------------------------------------
-
-    def _texts(
-        self, prompts: Sequence[str], negative_prompts: Sequence[str] | None, tokens: Mapping[str, Tensor] | None
-    ) -> dict[str, Tensor | None]:
-        """Both sides of the guidance, as the pipelines take them."""
-        text = self.text(prompts, tokens=tokens)
-        negative = self.text([""] * len(prompts) if negative_prompts is None else negative_prompts)
-        return {
-            "prompt_embeds": text.embeds,
-            "pooled_prompt_embeds": text.pooled,
-            "negative_prompt_embeds": negative.embeds,
-            "negative_pooled_prompt_embeds": negative.pooled,
-        }
-
-    def _pipeline(self, kind: type, scheduler: str | None) -> Any:
-        own = new_scheduler(self._scheduler, scheduler, model=self.name)
-        return make_pipeline(kind, transformer=self.denoiser, scheduler=own, **self._parts)
+    def _size(self, images: Sequence[Image] | None) -> Mapping[str, int]:
+        return {} if images is None else size_within(images, self._patch)

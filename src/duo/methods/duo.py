@@ -5,6 +5,7 @@ Departures from the authors' code, which fine-tunes Stable Diffusion 1.4 and 3:
 - β, λ and the learning rate are used as they are given; `published` turns the authors' shorthands into these values.
 - Timesteps may be shared within a pair, as the derivation has it; the code draws them independently.
 - Latents are the posterior's means, encoded once; the code samples them anew at every step.
+- Training is at what guidance starts from: the empty prompt, as theirs is, but zeros on SDXL (`Family.unconditional`).
 - The prior is taken where sampling starts. Their code for SD3 labels its pure noise as nearly clean, which `prior_at`
   can repeat (with `precondition_outputs`, as there, λ then acts as λ·σ²: the published 5e6 as 45).
 - `positive_penalty` adds the safeguard of DPO-Positive (`duo.losses.duo_loss`); 0 is the published objective.
@@ -110,7 +111,7 @@ class Duo:
         if run.precision.optimizer_8bit:
             check_8bit()
         unsafe, safe = (encode(model, side) for side in (pairs.unsafe, pairs.safe))
-        empty = model.text([""])
+        empty = model.unconditional()
         layers = sorted({name for scope in self.targets for name in model.layers(scope)})
         alpha = float(self.rank if self.lora_alpha is None else self.lora_alpha)
         made = made_by("duo", self, model=model, run=run)

@@ -1,0 +1,17 @@
+from __future__ import annotations
+
+import pytest
+
+from duo.errors import first_line
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError("\n no such file\nat all"), "no such file"),
+        (AssertionError(), "AssertionError"),
+        (ValueError("  "), "ValueError"),
+    ],
+)
+def test_an_error_is_told_in_one_line(error: Exception, line: str) -> None:
+    assert first_line(error) == line
