@@ -111,6 +111,16 @@ def test_a_wrong_set_of_a_file_names_the_file(path: Path) -> None:
         load_recipe(other)
 
 
+def test_another_method_takes_nothing_over_from_the_recipe_that_is_extended(path: Path) -> None:
+    other = path.with_name("other.toml")
+    other.write_text('extends = "small.toml"\n[method]\nname = "esd"\neta = 2.0')
+    assert load_recipe(other).method.table() == {"name": "esd", "eta": 2.0}
+    assert load_recipe(other).sampling == load_recipe(path).sampling
+    for same in ('name = "duo"\n', ""):
+        other.write_text(f'extends = "small.toml"\n[method]\n{same}rank = 2')
+        assert load_recipe(other).method.table() == {"name": "duo", "beta": 20.0, "rank": 2}
+
+
 def test_an_unknown_recipe_is_named() -> None:
     with pytest.raises(UserError, match="no recipe is called 'no-such-recipe'"):
         load_recipe("no-such-recipe")

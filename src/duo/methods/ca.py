@@ -111,12 +111,20 @@ class Ca:
         return min(self.images, self.max_train_steps * self.train_batch_size)
 
     def passes(self, pairs: int) -> dict[str, int]:
-        """What training sends through the networks, in rows (for `duo run --dry-run`), the drawing of images apart."""
+        """What training sends through the networks, in rows (for `duo run --dry-run`).
+
+        The sampling steps of the images that it draws are not counted.
+        """
         rows = self.train_batch_size * self.max_train_steps
         trained = rows * (2 if self.prior_weight else 1)
         teacher = rows if self.objective == "model" else 0
-        vae = self.drawn * (2 if self.horizontal_flip else 1)
-        return {"denoiser": trained + teacher, "trained": trained, "vae": vae, "steps": self.max_train_steps}
+        return {
+            "images": self.drawn,
+            "vae": self.drawn * (3 if self.horizontal_flip else 2),  # decoded, then encoded, mirrored too
+            "denoiser": trained + teacher,
+            "trained": trained,
+            "steps": self.max_train_steps,
+        }
 
     def beside(self, concept: Any) -> dict[str, list[str]]:
         """Each anchor prompt, with the target prompts that may be asked for beside its images."""

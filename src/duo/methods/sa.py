@@ -193,8 +193,9 @@ class Sa:
         sums, done = {name: torch.zeros_like(one, requires_grad=False) for name, one in weights.items()}, 0
         if path.exists():
             found, kept = read_tensors(path)
-            if kept.get("of") != made_of:
-                raise UserError(f"{path} was made with other settings; name a new --out or undo the change")
+            of: Any = kept.get("of", {})
+            if other := ", ".join(sorted(key for key, value in made_of.items() if of.get(key) != value)):
+                raise UserError(f"{path} was made with another {other}; name a new --out or undo the change")
             sums, done = {name: found[name].to(one.device) for name, one in weights.items()}, int(str(kept["images"]))
         parallel.barrier()  # nobody writes before all have read
         scale = TIMES / self.fisher_timesteps

@@ -4,9 +4,10 @@ Each matrix W that reads the text becomes, for concepts c with new values v, and
 
     W' = (λW + s_e Σ v cᵀ + s_p Σ W p pᵀ)(λI + s_e Σ c cᵀ + s_p Σ p pᵀ)⁻¹,
 
-which minimises s_e Σ‖W'c − v‖² + s_p Σ‖W'p − Wp‖² + λ‖W' − W‖². Solved is the equal W' − W = s_e Σ (v − W c) cᵀ(…)⁻¹, in
-float64, which is exactly 0 where nothing is erased. λ is the public code's; the paper's equation has it among what is
-preserved. The defaults are those of the paper's checkpoints, made by the code's older version (`train_erase.py`).
+which minimises s_e Σ‖W'c − v‖² + s_p Σ‖W'p − Wp‖² + λ‖W' − W‖². Solved is the equal
+W' − W = s_e Σ (v − W c) cᵀ(…)⁻¹, in float64, which is exactly 0 where nothing is erased. λ is the public code's; the
+paper's equation has it among what is preserved. The defaults are those of the paper's checkpoints, made by the code's
+older version (`train_erase.py`).
 
 Departures from the authors' code:
 
@@ -59,9 +60,9 @@ class Uce:
     `tokens` are those whose embeddings are erased: of the "last" word, "from_last" on through the padding (as long as
     the anchor's row is, too), or "all", position by position. Of preserved texts it is `preserve_tokens`.
 
-    Preserved are the empty prompt (`preserve_empty`), `preserve`, and with `preserve_harmless` the concept's captions of
-    harmless scenes (ours). `regularization` is λ, `erase_scale` s_e and `preserve_scale` s_p: where None the larger of
-    0.1 and 1 / number of preserved texts, as published.
+    Preserved are the empty prompt (`preserve_empty`), `preserve`, and with `preserve_harmless` the concept's captions
+    of harmless scenes (ours). `regularization` is λ, `erase_scale` s_e and `preserve_scale` s_p: where None the larger
+    of 0.1 and 1 / number of preserved texts, as published.
     """
 
     takes_pairs: ClassVar[bool] = False
@@ -99,10 +100,10 @@ class Uce:
     def erase(self, model: Family, concept: Any, *, pairs: Pairs | None, run: Run) -> Delta:
         """Sum up all the texts, then solve once for the layers that read the sequence and once for the pooled text."""
         erased, preserved = self._texts(concept)
-        layers = model.layers(SCOPE)
+        weights: dict[str, Any] = {name: layer.weight for name, layer in model.layers(SCOPE).items()}
         systems = {
-            pooled: Equations({k: one.weight for k, one in layers.items() if (POOLED in k) is pooled})
-            for pooled in {POOLED in name for name in layers}
+            pooled: Equations({name: one for name, one in weights.items() if (POOLED in name) is pooled})
+            for pooled in {POOLED in name for name in weights}
         }
         with run.progress(len(erased) + len(preserved), "uce") as bar:
             for begin in range(0, len(erased), AT_ONCE):
@@ -124,7 +125,7 @@ class Uce:
             changes |= system.changes(
                 regularization=self.regularization, erase_scale=self.erase_scale, preserve_scale=preserve_scale
             )
-        relative = [float(change.norm() / layers[name].weight.double().norm()) for name, change in changes.items()]
+        relative = [float(change.norm() / weights[name].double().cpu().norm()) for name, change in changes.items()]
         run.log(
             erased=len(erased),
             preserved=len(preserved),
@@ -175,9 +176,11 @@ class Uce:
             assert found.pooled is not None
             return found.pooled
         (row,) = found.embeds
-        ends = {"last": lambda one: self._last(one) + 1}.get(self.preserve_tokens, lambda one: one.stop)
-        begins = _begin if self.preserve_tokens == "all" else self._last
-        return torch.cat([row[begins(one) : ends(one)] for one in model.spans(text)])
+        kept = []
+        for span in model.spans(text):
+            begin = _begin(span) if self.preserve_tokens == "all" else self._last(span)
+            kept.append(row[begin : begin + 1 if self.preserve_tokens == "last" else span.stop])
+        return torch.cat(kept)
 
     def _last(self, span: Span) -> int:
         """Where the last word's last token stands, or what counts as that of a text without words."""
@@ -216,7 +219,8 @@ class Equations:
         lengths = [len(rows) for rows in texts]
         for name, weight in self._weights.items():
             along = []
-            for old, new in zip((c @ weight.T).split(lengths), (moved @ weight.T).split(lengths), strict=True):
+            olds, news = (torch.split(rows @ weight.T, lengths) for rows in (c, moved))
+            for old, new in zip(olds, news, strict=True):
                 unit = old / old.norm().clamp(min=torch.finfo(old.dtype).tiny)
                 along.append((unit * new).sum() * unit)
             self._removed[name] = self._removed.get(name, torch.zeros_like(weight)) + torch.cat(along).T @ c
@@ -235,7 +239,7 @@ class Equations:
             right[name] -= removed
         # The matrix is symmetric, and one factorisation serves all layers.
         solved = torch.linalg.solve(gram, erase_scale * torch.cat(list(right.values())).T).T
-        return dict(zip(right, solved.split([len(one) for one in right.values()]), strict=True))
+        return dict(zip(right, torch.split(solved, [len(one) for one in right.values()]), strict=True))
 
 
 def _begin(span: Span) -> int:

@@ -70,7 +70,7 @@ def plan(session: Session) -> list[str]:
     for one, seconds in zip([*parts, _total(parts)], [*times, sum(times)], strict=True):
         counts = f"{one.images:>8}{one.denoiser:>11}{one.trained:>10}{one.vae:>8}{one.text:>11}"
         lines.append(f"{one.name:34}{counts}{_clock(seconds):>10}")
-    step = "not measured: the method has no steps" if measured.step is None else f"{measured.step:.3g} s a step"
+    step = "not measured: no steps, or images to draw" if measured.step is None else f"{measured.step:.3g} s a step"
     lines += [
         "rows in one forward pass each; pairs at their least: every rejected image is one more",
         f"measured: denoiser {measured.row:.3g} s a row, the rest of an image {measured.image:.3g} s, training {step}",
@@ -88,7 +88,10 @@ def _work(session: Session, measured: Measured) -> Iterator[Work]:
         edited = measured.rows(int((recipe.pairs.strength or 1) * steps))
         texts = len({*concept.pairs.unsafe, *concept.pairs.safe, ""})
         yield Work(name="pairs", images=2 * n, denoiser=round(n * (rows + edited)), vae=3 * n, text=texts)
-    yield Work(name="erase", **_passes(session.method, n))
+    erased = _passes(session.method, n)
+    if drawn := erased.pop("images", 0):  # a method says how many, the recipe by how many steps
+        yield Work(name="erase: images to learn from", images=drawn, denoiser=round(drawn * rows))
+    yield Work(name="erase", **erased)
     if any(attack.access >= Access.GRADIENT for attack in session.attacks.values()):
         m = recipe.attack_images
         yield Work(name="attack: images to learn from", images=m, denoiser=round(m * rows), vae=m, text=m)
@@ -190,8 +193,8 @@ def _measure(session: Session) -> Measured:
 def _training_step(session: Session, size: tuple[int, int]) -> float | None:
     """Seconds of the second training step of the recipe's method, in a folder that is thrown away."""
     method: Any = session.method
-    if not hasattr(method, "max_train_steps"):
-        return None
+    if not hasattr(method, "max_train_steps") or "images" in _passes(method, 1):
+        return None  # it would draw all its images first
     n = max(2, getattr(method, "train_batch_size", 2))
     grey, black = (Image.new("RGB", size, colour) for colour in ("grey", "black"))
     pairs = Pairs(names=[str(i) for i in range(n)], unsafe=[grey] * n, safe=[black] * n)
