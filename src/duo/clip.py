@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duo.errors import UserError
+from duo.hub import hub_file, ways_out
 
 T = TypeVar("T")
 BATCH = 32
@@ -108,14 +109,12 @@ def find_clip(source: str, where: str) -> None:
         return
     if not _HUB_ID.fullmatch(source):
         raise UserError(f"{where}: model is {source!r}, which is neither a folder nor a hub id")
-    from huggingface_hub import hf_hub_download
-
     try:
-        hf_hub_download(source, CONFIG)
+        hub_file(source, CONFIG)
     except (OSError, ValueError) as error:  # every error of the hub client is one of these
         raise UserError(
             f"{where}: {source!r} is neither a folder nor a CLIP that the hub client can get ({_first_line(error)}); "
-            "give model a local folder, or fetch it where there is a network"
+            f"give the judge's model a local folder, {ways_out(source)}"
         ) from error
 
 

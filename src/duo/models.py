@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from duo import plugins
 from duo.errors import UserError, did_you_mean
+from duo.hub import hub_file, ways_out
 
 if TYPE_CHECKING:
     import torch
@@ -196,13 +197,14 @@ def _keys(path: Path) -> dict[str, list[int]]:
 
 def _hub_file(model: str, name: str) -> Path:
     """A file of a hub model, from the cache or, unless HF_HUB_OFFLINE is set, from the hub."""
-    from huggingface_hub import hf_hub_download
-
     try:
-        return Path(hf_hub_download(model, name))
+        return hub_file(model, name)
     except (OSError, ValueError) as error:  # every error of the hub client is one of these
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{model!r} is neither a folder nor a model that the hub client can get: {reason}") from error
+        raise UserError(
+            f"{model!r} is neither a folder nor a model that the hub client can get ({reason}); give a local folder by "
+            f"--model, {ways_out(model)}"
+        ) from error
 
 
 def _pipeline_class(index: Path) -> str:
