@@ -188,6 +188,31 @@ def test_rescoring_counts_what_the_judge_sees(
     assert np.abs(before - original).max() > 1
 
 
+@pytest.mark.parametrize("older", ["search", "no search", "rows"])
+def test_a_run_that_an_older_duo_attacked_is_told_in_one_line(
+    erased_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], older: str
+) -> None:
+    from duo.checkpoint import read_tensors, write_tensors
+    from duo.cli import main
+
+    attacked(erased_run)
+    folder = erased_run / "attack" / "prompts" / "erased"
+    if older == "search":  # as it was before refused prompts were recorded
+        path = folder / "search" / "0000.safetensors"
+        tensors, record = read_tensors(path)
+        write_tensors(path, tensors, {key: record[key] for key in ("attempts", "queries")})
+    elif older == "no search":
+        shutil.rmtree(folder / "search")
+    else:
+        rows = rundir.read_jsonl(folder / "attempts.jsonl")
+        rundir.write_jsonl(folder / "attempts.jsonl", [{"prompt": row["prompt"]} for row in rows])
+    assert main(["merge", str(erased_run), "--out", str(tmp_path / "merged"), "--dtype", "fp16"]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("duo: ")]
+    assert len(told) == 1
+    assert told[0].startswith(f"duo: {folder} was made by another version of duo; run it again in a new --out, or give")
+    assert not list(tmp_path.glob("*merged*"))
+
+
 # --- the card ---------------------------------------------------------------------------------------
 
 

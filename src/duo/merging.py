@@ -64,6 +64,10 @@ def merge(
     The folder appears only once it is verified: loaded again, it holds no adapter weights and, in float32, draws what
     the model with the delta attached draws. In "fp16" or "bf16" images differ, and so may rates: those of the first
     attack row of each run are measured again, as they are where several erasures are merged.
+
+    Whatever `dtype` is, weights are read and summed in float32 and rounded once, at the end: a change that is small
+    beside its weight would be lost to a sum of halves. So one model in float32 has to fit in memory, and for fp16 and
+    bf16 it lies on the disk for a while.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")

@@ -79,7 +79,7 @@ def denoiser_config(model: str, component: str, *, config: str | None = None) ->
     source, index = _locate(model)
     path = index.parent / component / "config.json"
     if hub_id(source) is not None and not path.is_file():
-        path = hub_file(model, f"{component}/config.json", kind="a model")
+        path = hub_file(model, f"{component}/config.json", kind="a model", give="a local folder by --model")
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -148,7 +148,7 @@ def _locate(model: str) -> tuple[str, Path]:
     if not is_hub_id(model):
         known = did_you_mean(model, EMBEDDED)
         raise UserError(f"no model is called {model!r}, nor is it a folder, a checkpoint or a hub id{known}")
-    return model, hub_file(model, INDEX, kind="a model")
+    return model, hub_file(model, INDEX, kind="a model", give="a local folder by --model")
 
 
 def _checkpoint_class(path: Path, config: str | None) -> str:

@@ -27,7 +27,7 @@ from duo.errors import UserError
 from duo.losses import duo_loss, prior_loss, squared_error
 from duo.pairs import Pairs
 from duo.plugins import Family, Run
-from duo.precision import check_8bit, check_prior, rounds, unrounded, waiting
+from duo.precision import check_8bit, check_prior, rounds, sharded, unrounded, waiting
 from duo.training import Lora, attach_lora, fit
 
 ENCODED_AT_ONCE = 8  # images a pass of the VAE
@@ -104,7 +104,7 @@ class Duo:
         """Train the LoRA on `pairs`; the concept is what they show, so `concept` itself is not looked at."""
         if self.train_batch_size > len(pairs):
             raise UserError(f"train_batch_size = {self.train_batch_size} but there are only {len(pairs)} pairs")
-        check_prior(self.prior_weight, run.precision)
+        check_prior(self.prior_weight, run.precision, scale=self._prior_scale(model))
         if run.precision.optimizer_8bit:
             check_8bit()
         unsafe, safe = (_encode(model, side) for side in (pairs.unsafe, pairs.safe))
@@ -117,6 +117,7 @@ class Duo:
         trained = {key: v for key, v in config.items() if key not in free}
         with (
             waiting(model.encoders(), device=model.device, offload=run.precision.offload),
+            sharded(model, shard=run.precision.shard),
             attach_lora(model.denoiser, layers, rank=self.rank, alpha=alpha, seed=run.seed) as lora,
         ):
             steps = fit(
@@ -157,6 +158,13 @@ class Duo:
                 "lora": {"rank": self.rank, "alpha": alpha, "target_modules": layers},
             },
         )
+
+    def _prior_scale(self, model: Family) -> float:
+        """What the prior's differences are multiplied by: with preconditioned outputs λ acts as λ·scale²."""
+        if not self.precondition_outputs:
+            return 1.0
+        _, last = model.process.terminal(torch.zeros(1), at=self.prior_at)
+        return float(model.process.x0_scale(last))
 
     def _objective(
         self, model: Family, lora: Lora, *, unsafe: Tensor, safe: Tensor, empty: Conditioning
