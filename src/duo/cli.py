@@ -64,8 +64,8 @@ def _main(arguments: list[str]) -> int:
             raise
         _tell(
             "duo: out of memory; lower block, pairs.block, method.train_batch_size or an attack's batch_size, or set "
-            "precision.dtype, precision.gradient_checkpointing or precision.offload in a new --out, or free some; "
-            f"nothing is lost: {_again(arguments)}"
+            "precision.dtype, precision.gradient_checkpointing or precision.offload, each in a new --out, as a run "
+            f"keeps its settings; or free some: nothing is lost: {_again(arguments)}"
         )
         return MISUSE
     except KeyboardInterrupt:
