@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from duo.bases import check_base, remembered
 from duo.checkpoint import read_tensors, write_tensors
 from duo.errors import UserError
 from duo.plugins import Family
@@ -43,7 +44,7 @@ class Delta:
 
     @classmethod
     def load(cls, path: Path) -> Delta:
-        """Read a file of `save`."""
+        """Read a file of `save`; a `UserError` where it is none, or holds what is no change of weights."""
         tensors, record = read_tensors(path)
         components = {name.partition(".")[0] for name in tensors}
         known = record.get("schema") == SCHEMA and record.get("kind") in KINDS
@@ -52,6 +53,7 @@ class Delta:
         (component,), kind = components, str(record["kind"])
         rest = {key: value for key, value in record.items() if key not in ("schema", "kind")}
         named = {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}
+        _check_tensors(path, kind, named)
         return cls(kind=kind, component=component, tensors=named, record=rest)
 
     def layers(self) -> list[str]:
@@ -68,25 +70,27 @@ class Delta:
         """Within the context the model is the erased one; after it the weights are the very tensors from before.
 
         The changed weights are swapped in, with no adapter modules: sampling runs at the speed of the plain model and
-        gives the same images as `merge`. Contexts may be nested, the last one entered being left first.
+        gives the same images as `merge`. Contexts may be nested, the last one entered being left first. Raises
+        `UserError` where the delta does not fit the model, or was made for a base with other weights.
         """
         modules = self._modules(model)
         originals = {name: module.weight.data for name, module in modules.items()}
-        try:
-            for name, module in modules.items():
-                module.weight.data = self._changed(name, originals[name], weight)
-            yield
-        finally:
-            for name, module in modules.items():
-                module.weight.data = originals[name]
+        with remembered(modules.values()):
+            try:
+                for name, module in modules.items():
+                    module.weight.data = self._changed(name, originals[name], weight)
+                yield
+            finally:
+                for name, module in modules.items():
+                    module.weight.data = originals[name]
 
     def merge(self, model: Family) -> None:
-        """Bake the change into the model's own weights; summed in float32."""
+        """Bake the change into the model's own weights; summed in float32. Refuses what `attached` does."""
         for name, module in self._modules(model).items():
             module.weight.data = self._changed(name, module.weight.data, 1.0)
 
     def _modules(self, model: Family) -> dict[str, Any]:
-        """The changed modules by name, checked against the tensors' shapes."""
+        """The changed modules by name, checked against the tensors' shapes and the base that they were made for."""
         names = self.layers()
         known: dict[str, nn.Module] = dict(model.denoiser.named_modules())
         for name in names:
@@ -96,6 +100,7 @@ class Delta:
                 raise UserError(
                     f"the delta was made for {base!r} and does not fit model {model.name!r} at layer {name}"
                 )
+        check_base(self.record, model)
         return {name: known[name] for name in names}
 
     def _shape(self, name: str) -> tuple[int, int]:
@@ -113,7 +118,8 @@ def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> 
     """Several erasures of one model as one: W + Σ wᵢ·Bᵢ·Aᵢ, by putting the ranks side by side; nothing is approximated.
 
     `weights` are 1 each where None. The erasures were trained apart, so how each of them fares beside the others has to
-    be measured. Raises `UserError` where they are of different models, kinds or shapes, or a weight is no use.
+    be measured. Raises `UserError` where they are of different models, kinds or shapes, a weight is no use, or the sum
+    overflows.
     """
     weights = [1.0] * len(deltas) if weights is None else list(weights)
     if not deltas or len(weights) != len(deltas):
@@ -138,6 +144,31 @@ def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> 
         if len({(down.shape[1:], up.shape[0]) for down, up in zip(downs, ups, strict=True)}) > 1:
             raise UserError(f"the erasures have different shapes at layer {layer}, and cannot be composed")
         tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"] = torch.cat(downs), torch.cat(ups, dim=1)
+    wrong = not_finite(tensors)
+    if wrong is not None:
+        raise UserError(f"at these weights the erasures come to {wrong} that is not finite; give smaller weights")
     made = [{"weight": weight, **one.record} for one, weight in zip(deltas, weights, strict=True)]
     record = {**({"model": first.record["model"]} if "model" in first.record else {}), "composed": made}
     return Delta(kind=first.kind, component=first.component, tensors=tensors, record=record)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that holds NaN or infinity, or None."""
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+
+
+def _check_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` where half of a low-rank product is missing or does not fit the other, or one is not finite."""
+    for name in tensors:
+        module, low_rank, _ = name.partition(".lora_")
+        down, up = (f"{module}.lora_{part}.weight" for part in "AB")
+        if not low_rank and kind != "lora":
+            continue
+        missing = next((half for half in (down, up) if half not in tensors), None)
+        if missing is not None:
+            raise UserError(f"{path} holds {name} but no {missing}; restore it, or run `duo erase` again")
+        if tensors[down].dim() < 2 or tensors[up].shape[1:2] != tensors[down].shape[:1]:
+            raise UserError(f"{path}: {down} and {up} are of different ranks; restore it, or run `duo erase` again")
+    wrong = not_finite(tensors)
+    if wrong is not None:
+        raise UserError(f"{path}: {wrong} holds NaN or infinity, which would ruin the model; run `duo erase` again")

@@ -138,7 +138,7 @@ class Process(Protocol):
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor: ...
 
     def terminal(self, eps: Tensor, *, at: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Pure noise as the sampler starts from it, with its time: (x_T, t) of shapes (n, …) and (n,).
+        """Pure noise at the noisiest time of the schedule, with that time: (x_T, t) of shapes (n, …) and (n,).
 
         `at` gives it the time of another fraction of the schedule.
         """
