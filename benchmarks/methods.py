@@ -1,7 +1,7 @@
 """Give every method the same search on the embedded model, then compare what it found: `docs/methods/README.md`.
 
     python benchmarks/methods.py tune --out runs/methods      # the same trials and core-minutes for each method
-    python benchmarks/methods.py compare --out runs/methods   # the shipped recipes on the scored prompts, and their cost
+    python benchmarks/methods.py compare --out runs/methods   # the shipped recipes on the scored prompts, with costs
 
 The space, the objective and the budget below were written before the first trial. Only validation prompts and seeds are
 used, and the curating judge; no attack takes part. Every method is told the same words, those of the concept file, of

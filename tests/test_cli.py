@@ -154,6 +154,7 @@ def test_memory_that_does_not_suffice_is_told_and_other_errors_are_not_hidden(
     assert main(["run", str(recipe), "--out", str(tmp_path / "a b")]) == 2
     told = capsys.readouterr().err
     assert "duo: out of memory; lower block" in told
+    assert "each in a new --out, as a run keeps its settings" in told
     assert f"--out '{tmp_path / 'a b'}' --resume`" in told
     fail(RuntimeError("shapes do not match"))
     with pytest.raises(RuntimeError, match="shapes"):

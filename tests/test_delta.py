@@ -10,6 +10,7 @@ import torch
 
 import tiny_flow
 import tiny_unet
+from duo.bases import base_digest
 from duo.delta import Delta, compose
 from duo.errors import UserError
 from duo.plugins import Sampling
@@ -301,3 +302,107 @@ def test_half_precision_weights_are_not_trained(tiny_sd) -> None:
         tune_weights(tiny_sd.denoiser, layers),
     ):
         pass
+
+
+# --- damaged files, and other bases -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"a.lora_A.weight": torch.ones(2, 3)}, r"holds a\.lora_A\.weight but no a\.lora_B\.weight"),
+        ({"a.lora_B.weight": torch.ones(3, 2)}, r"holds a\.lora_B\.weight but no a\.lora_A\.weight"),
+        ({"a.weight": torch.ones(3, 2)}, r"holds a\.weight but no a\.weight\.lora_A"),
+        ({"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.ones(3, 1)}, "are of different ranks"),
+        ({"a.lora_A.weight": torch.ones(2), "a.lora_B.weight": torch.ones(3, 2)}, "are of different ranks"),
+        (
+            {"a.lora_A.weight": torch.tensor([[1, float("nan")]]), "a.lora_B.weight": torch.ones(3, 1)},
+            r"a\.lora_A\.weight holds NaN or infinity",
+        ),
+        (
+            {"a.lora_A.weight": torch.ones(1, 3), "a.lora_B.weight": torch.full((3, 1), float("-inf"))},
+            r"a\.lora_B\.weight holds NaN or infinity",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_a_change_of_weights_is_refused(tensors, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "delta.safetensors"
+    Delta(kind="lora", component="unet", tensors=tensors, record={}).save(path)
+    with pytest.raises(UserError, match=message) as caught:
+        Delta.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_composition_that_overflows_is_refused() -> None:
+    tensors = {"a.lora_A.weight": torch.ones(1, 3), "a.lora_B.weight": torch.full((3, 1), 1e30)}
+    delta = Delta(kind="lora", component="unet", tensors=tensors, record={})
+    assert compose([delta, delta], [1.0, 2.0])
+    with pytest.raises(UserError, match=r"come to a\.lora_B\.weight that is not finite"):
+        compose([delta, delta], [1.0, 1e30])
+
+
+def bound(delta: Delta, model) -> Delta:
+    return dataclasses.replace(delta, record={**delta.record, "base": base_digest(model, delta.layers())})
+
+
+def test_a_delta_of_another_base_is_refused_before_anything_changes(make_tiny_pipeline) -> None:
+    from duo.families.sd import Sd
+
+    model, other, config = (Sd(make_tiny_pipeline(), name="tiny") for _ in range(3))
+    delta = bound(random_delta(model, model.layers("self_attention")), model)
+    first = min(model.layers("self_attention"))
+    other.denoiser.get_submodule(first).weight.data[0, 0] += 1e-2  # the name says nothing of it
+    before = outputs(other)
+    composed = compose([delta, random_delta(model, model.layers("attention"))])
+    for one in (delta, composed, compose([composed, delta])):
+        with pytest.raises(UserError, match="made for 'tiny' with other weights than model 'tiny' has at layer"):
+            one.merge(other)
+        with pytest.raises(UserError, match="made for 'tiny' with other weights"), one.attached(other):
+            pass
+        with one.attached(model):
+            pass
+    assert torch.equal(outputs(other), before)
+    config.denoiser.register_to_config(a_field_of_a_later_diffusers=1)
+    config.denoiser.half().float()  # as from the files of the variant fp16
+    delta.merge(config)
+
+
+def test_attached_deltas_are_compared_with_the_base_below_them(tiny_sd) -> None:
+    first, second = (
+        bound(random_delta(tiny_sd, tiny_sd.layers("self_attention"), seed=seed), tiny_sd) for seed in (0, 1)
+    )
+    with first.attached(tiny_sd), second.attached(tiny_sd), first.attached(tiny_sd):
+        assert base_digest(tiny_sd, first.layers()) == first.record["base"]
+    with second.attached(tiny_sd):
+        pass
+    first.merge(tiny_sd)
+    with pytest.raises(UserError, match="several erasures are composed before they are merged"):
+        second.merge(tiny_sd)
+
+
+@pytest.mark.parametrize(
+    ("made_in", "used_in"),
+    [("float32", "float16"), ("float32", "bfloat16"), ("float16", "float32"), ("bfloat16", "float16")],
+)
+def test_the_base_is_known_in_another_precision(tiny_folder: Path, made_in: str, used_in: str) -> None:
+    from duo.models import load_family
+
+    made = load_family(str(tiny_folder), dtype=getattr(torch, made_in))
+    used = load_family(str(tiny_folder), dtype=getattr(torch, used_in))
+    delta = bound(random_delta(made, made.layers("self_attention")), made)
+    with delta.attached(used):
+        pass
+    used.denoiser.get_submodule(delta.record["base"]["layers"][1]).weight.data.mul_(1.5)
+    if "float32" in (made_in, used_in):
+        with pytest.raises(UserError, match="with other weights"):
+            delta.merge(used)
+
+
+def test_only_the_ends_and_the_middle_of_the_layers_are_hashed(tiny_sd) -> None:
+    names = sorted(tiny_sd.layers("attention"))
+    found = base_digest(tiny_sd, names)
+    assert found["layers"] == sorted({names[0], names[len(names) // 2], names[-1]})
+    assert found.keys() == {"layers", "float32", "bfloat16", "float16"}
+    tiny_sd.denoiser.get_submodule(names[1]).weight.data += 1
+    assert base_digest(tiny_sd, names) == found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 
 from duo import merging, rundir
+from duo.bases import base_digest
 from duo.delta import Delta
 from duo.errors import UserError
 from duo.models import load_family
@@ -114,7 +116,9 @@ def test_nothing_is_merged_over_a_folder_or_without_an_erasure(erased_run: Path,
 
 
 def test_several_erasures_are_added_up(erased_run: Path, tmp_path: Path, tiny_folder: Path) -> None:
-    delta, out = erased_run / "erase" / "delta.safetensors", tmp_path / "merged"
+    delta, out = tmp_path / "again.safetensors", tmp_path / "merged"
+    made = Delta.load(erased_run / "erase" / "delta.safetensors")
+    replace(made, record={**made.record, "seed": 1}).save(delta)  # another erasure, whose tensors are known
     merged = merging.merge([erased_run, delta], out, weights=[1.0, 0.5])
     assert merged.difference <= 1
     assert merged.unscored == (erased_run, delta)
@@ -188,6 +192,31 @@ def test_rescoring_counts_what_the_judge_sees(
     assert np.abs(before - original).max() > 1
 
 
+@pytest.mark.parametrize("older", ["search", "no search", "rows"])
+def test_a_run_that_an_older_duo_attacked_is_told_in_one_line(
+    erased_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], older: str
+) -> None:
+    from duo.checkpoint import read_tensors, write_tensors
+    from duo.cli import main
+
+    attacked(erased_run)
+    folder = erased_run / "attack" / "prompts" / "erased"
+    if older == "search":  # as it was before refused prompts were recorded
+        path = folder / "search" / "0000.safetensors"
+        tensors, record = read_tensors(path)
+        write_tensors(path, tensors, {key: record[key] for key in ("attempts", "queries")})
+    elif older == "no search":
+        shutil.rmtree(folder / "search")
+    else:
+        rows = rundir.read_jsonl(folder / "attempts.jsonl")
+        rundir.write_jsonl(folder / "attempts.jsonl", [{"prompt": row["prompt"]} for row in rows])
+    assert main(["merge", str(erased_run), "--out", str(tmp_path / "merged"), "--dtype", "fp16"]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("duo: ")]
+    assert len(told) == 1
+    assert told[0].startswith(f"duo: {folder} was made by another version of duo; run it again in a new --out, or give")
+    assert not list(tmp_path.glob("*merged*"))
+
+
 # --- the card ---------------------------------------------------------------------------------------
 
 
@@ -244,3 +273,55 @@ def test_what_cannot_be_merged_is_one_line(erased_run: Path, tmp_path: Path) -> 
             merging.merge(sources, tmp_path / "merged", **settings)
         assert "\n" not in str(caught.value)
         assert not list(tmp_path.glob("*merged*"))
+
+
+def test_an_erasure_that_is_named_twice_is_refused(erased_run: Path, tmp_path: Path) -> None:
+    delta = erased_run / "erase" / "delta.safetensors"
+    for again in (erased_run, erased_run / ".." / "run", delta):
+        with pytest.raises(UserError, match=r"are the same erasure, and would count twice; .* --weights"):
+            merging.merge([erased_run, again], tmp_path / "merged")
+    assert not list(tmp_path.glob("*merged*"))
+
+
+def changed(run: Path, change: Any) -> None:
+    """Write the run's delta again, after `change` of the tensors of its first layer, A and B."""
+    path = run / "erase" / "delta.safetensors"
+    delta = Delta.load(path)
+    change(*delta.factors(delta.layers()[0]))
+    delta.save(path)
+
+
+def test_an_erasure_that_is_no_number_is_not_merged(erased_run: Path, tmp_path: Path) -> None:
+    changed(erased_run, lambda _, up: up[0, 0].fill_(float("nan")))
+    with pytest.raises(UserError, match=r"lora_B\.weight holds NaN or infinity"):
+        merging.merge(erased_run, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_weights_that_overflow_in_lower_precision_are_refused(erased_run: Path, tmp_path: Path) -> None:
+    def grow(down: torch.Tensor, up: torch.Tensor) -> None:
+        down[:, 0] = torch.tensor([300.0, 0.0])
+        up[0] = torch.tensor([300.0, 0.0])
+
+    changed(erased_run, grow)
+    with pytest.raises(UserError, match=r"in fp16 .*weight holds NaN or infinity; merge with --dtype fp32, or bf16"):
+        merging.merge(erased_run, tmp_path / "merged", dtype="fp16")
+    assert not list(tmp_path.glob("*merged*"))
+    assert merging.merge(erased_run, tmp_path / "merged").difference <= 1
+
+
+def test_a_base_that_was_replaced_is_refused(erased_run: Path, tmp_path: Path, tiny_folder: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    run = rundir.read_json(erased_run / "run.json")
+    run["recipe"]["model"] = str(base)
+    rundir.write_json(erased_run / "run.json", run)
+    path = erased_run / "erase" / "delta.safetensors"
+    delta, model = Delta.load(path), load_family(str(base))
+    replace(delta, record={**delta.record, "base": base_digest(model, delta.layers())}).save(path)
+    merging.merge(erased_run, tmp_path / "merged")
+    shutil.rmtree(base)
+    (tmp_path / "merged").rename(base)  # at the same path, with the erasure merged already
+    with pytest.raises(UserError, match="with other weights than model"):
+        merging.merge(erased_run, tmp_path / "again")
+    assert not (tmp_path / "again").exists()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from duo.errors import UserError
-from duo.models import load_family
+from duo.models import load_family, title, written_out
 
 
 def test_a_folder_is_loaded_by_its_pipeline_class(tiny_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -184,3 +184,20 @@ def test_a_pickled_component_says_how_to_convert(tiny_folder: Path, tmp_path: Pa
     with pytest.raises(UserError, match=r"model\.bin is a pickle.*use_safetensors=False\)\.save_pretrained") as caught:
         load_family(str(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_a_path_is_written_out_and_other_names_are_kept(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_folder, tmp_path / "m" / "sd1")
+    (tmp_path / "blob").touch()
+    (tmp_path / "linked.safetensors").symlink_to("blob")
+    (tmp_path / "toybox").mkdir()
+    for given in ("m/sd1", "m/sd1/", "./m/../m/sd1", str(tmp_path / "m" / "sd1")):
+        assert written_out(given) == str(tmp_path / "m" / "sd1")
+    assert written_out("linked.safetensors") == str(tmp_path / "linked.safetensors")
+    for name in ("toybox", "someone/some-model", ""):
+        assert written_out(name) == name
+    assert load_family("m/sd1/").name == str(tmp_path / "m" / "sd1")
+    assert [title(name) for name in (str(tmp_path / "m" / "sd1"), "toybox", "a/b")] == ["sd1", "toybox", "a/b"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from duo import cli, parallel, plugins, rundir
 from duo.checkpoint import read_tensors
 from duo.errors import UserError
 from duo.models import load_family
+from duo.precision import sharded
 
 HERE = Path(__file__).parent
 
@@ -123,6 +125,31 @@ def test_two_processes_train_as_one_does(one: Path, two: Two) -> None:
     assert alone[0] != alone[-1]
 
 
+def test_a_sharded_denoiser_trains_the_same_lora(two: Two) -> None:
+    whole, shares = (rundir.read_jsonl(two.folder / name / "log.jsonl") for name in ("trained", "sharded"))
+    assert len(whole) == len(shares) == 20
+    assert shares[0]["loss"] == whole[0]["loss"]  # forward passes are the same bytes, gradients are added up otherwise
+    assert shares[0]["grad_norm"] == pytest.approx(whole[0]["grad_norm"], rel=1e-5)
+    wanted, found = (read_tensors(two.folder / name / "delta.safetensors")[0] for name in ("trained", "sharded"))
+    moved = torch.cat([value.flatten() for value in wanted.values()])
+    assert (torch.cat([found[name].flatten() for name in wanted]) - moved).norm() < 1e-4 * moved.norm()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_holds_half_of_a_sharded_denoiser_and_then_all_of_it(two: Two, rank: int) -> None:
+    told = rundir.read_json(two.folder / f"held-{rank}.json")
+    saved = {when: told["whole"][when] - told["shares"][when] for when in ("between", "passing")}
+    assert saved["between"] == pytest.approx(told["size"] / 2, rel=0.01)
+    assert saved["passing"] > told["size"] / 4, "a block that was passed is let go of"
+    assert told["same"], "the weights came back"
+
+
+def test_sharding_goes_with_autocast_checkpointing_and_offloading(two: Two) -> None:
+    (whole,), (shares,) = (rundir.read_jsonl(two.folder / f"rounded{end}" / "log.jsonl") for end in ("", "-sharded"))
+    assert shares["loss"] == whole["loss"]
+    assert shares["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-2)  # sums of bfloat16, in another order
+
+
 # --- alone ------------------------------------------------------------------------------------------
 
 
@@ -157,3 +184,32 @@ def test_the_second_process_leaves_what_cannot_be_shared_to_the_first(
     monkeypatch.setenv("RANK", "0")
     assert cli.main(["list", "methods"]) == 0
     assert "duo" in capsys.readouterr().out
+
+
+def test_sharding_changes_nothing_for_one_process(tiny_sd: Any) -> None:
+    before = tiny_sd.denoiser
+    weights = [parameter.data_ptr() for parameter in before.parameters()]
+    with sharded(tiny_sd, shard=True):
+        assert tiny_sd.denoiser is before
+        assert [parameter.data_ptr() for parameter in before.parameters()] == weights
+
+
+def test_a_denoiser_whose_blocks_are_not_known_is_not_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model: Any = SimpleNamespace(denoiser=torch.nn.Linear(2, 2), device=torch.device("cpu"))
+    with (
+        pytest.raises(UserError, match="a Linear does not tell its blocks; set it to false"),
+        sharded(model, shard=True),
+    ):
+        pass
+    assert model.denoiser.weight.shape == (2, 2)
+
+
+def test_a_connection_that_breaks_is_news_only_where_nobody_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = SimpleNamespace(check=lambda keys: keys == [parallel.STOPPED])
+    monkeypatch.setattr(parallel, "_meeting", lambda: parallel._Meeting(store))
+    with pytest.raises(parallel.StoppedError, match="another process stopped"), parallel.exchanging():
+        raise RuntimeError("connection closed by peer")
+    store.check = lambda keys: False
+    with pytest.raises(RuntimeError, match="closed by peer"), parallel.exchanging():
+        raise RuntimeError("connection closed by peer")

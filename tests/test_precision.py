@@ -18,6 +18,7 @@ from torch import nn
 from duo import precision
 from duo.delta import Delta
 from duo.errors import UserError
+from duo.families._flow import FlowProcess
 from duo.pairs import Pairs
 from duo.plugins import Precision, Sampling
 from duo.precision import check_prior, prepare_denoiser, rounds, unrounded, waiting
@@ -90,6 +91,31 @@ def test_weights_whose_rounding_would_drown_the_preference_are_refused() -> None
         check_prior(5e6, Precision(weights="float16"))
     check_prior(100.0, Precision(weights="bfloat16"))
     check_prior(5e6, Precision(dtype="bfloat16"))
+
+
+def test_preconditioning_scales_what_rounding_does_to_the_prior(tmp_path: Path, pairs: Pairs) -> None:
+    """λ = 5e6 at σ = 0.003 acts as 45, whose floor in bfloat16 is 45·2⁻¹⁴/24 = 1.1e-4; at σ = 1 it acts as it is."""
+    half = Precision(weights="bfloat16")
+    check_prior(5e6, half, scale=0.003)
+    with pytest.raises(UserError, match=r"prior term about 1\.3 at prior_weight 5000, which .* makes 5e\+05;"):
+        check_prior(5e3, half, scale=10.0)
+    assert 45 * torch.finfo(torch.bfloat16).eps ** 2 / 24 == pytest.approx(1.144e-4, rel=1e-3)
+
+    # So does the method: SD3's shift of 3 labels the fraction 0.001 with σ = 0.003.
+    process = FlowProcess(shift=3.0, device=torch.device("cpu"))
+    model: Any = types.SimpleNamespace(process=process, latents=lambda *_, **__: pytest.fail("was let through"))
+    method = replace(QUICK, prior_weight=5e6, prior_at=0.001)
+    for change, refused in (({}, True), ({"precondition_outputs": True}, False)):
+        run = RecordingRun(tmp_path, precision=half)
+        with pytest.raises(UserError if refused else pytest.fail.Exception):
+            replace(method, **change).erase(model, None, pairs=pairs, run=run)
+    with pytest.raises(UserError, match="rounding alone"):
+        replace(method, precondition_outputs=True, prior_at=1.0).erase(model, None, pairs=pairs, run=run)
+
+
+def test_sharding_and_compiling_are_refused_together() -> None:
+    with pytest.raises(ValueError, match="shard and torch_compile do not go together"):
+        Precision(shard=True, torch_compile=True)
 
 
 def test_checkpointing_and_offloading_change_no_result(tiny_sd: Any, pairs: Pairs, tmp_path: Path) -> None:

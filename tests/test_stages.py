@@ -748,3 +748,44 @@ def test_a_metric_that_is_missing_or_of_another_world_is_told_at_once(
     with pytest.raises(UserError, match=message):
         open_session("never", override)
     assert not (tmp_path / "never").exists()
+
+
+def test_what_is_recorded_holds_in_every_folder(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of a model and a concept that were named from one folder is merged from another."""
+    import os
+
+    from duo.merging import merge
+
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "sd1").symlink_to(tiny_folder)
+    (tmp_path / "fire.toml").write_text(CONCEPT)
+    (tmp_path / "recipe.toml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    session = Session(load_recipe("recipe.toml", overrides=["model='m/sd1/'"]), Path("run"))
+    make_pairs(session)
+    erase(session)
+    make_pairs(Session(load_recipe("./recipe.toml", overrides=["model='./m/sd1'"]), Path("run")))  # the same model
+    recorded = rundir.read_json(tmp_path / "run" / "run.json")["recipe"]
+    assert recorded["model"] == str(tmp_path / "m" / "sd1")
+    assert recorded["concept"] == str(tmp_path / "fire.toml")
+    (tmp_path / "elsewhere").mkdir()
+    os.chdir(tmp_path / "elsewhere")
+    merge(Path("../run"), Path("merged"))
+    card = Path("merged/README.md").read_text()
+    assert "# sd1 without fire" in card
+    assert "base_model" not in card
+    assert str(tmp_path) not in card.partition("```toml")[0]
+
+
+def test_the_erasure_says_which_base_it_is_of(open_session: Any) -> None:
+    session = open_session()
+    make_pairs(session)
+    delta = erase(session)
+    (layer,) = delta.layers()
+    assert delta.record["base"]["layers"] == [layer]
+    assert delta.record["model"] == "tiny"
+    session.model.denoiser.get_submodule(layer).weight.data += 0.1
+    with pytest.raises(UserError, match="with other weights than model 'tiny'"):
+        attack(session)

@@ -64,8 +64,9 @@ def _main(arguments: list[str]) -> int:
             raise
         _tell(
             "duo: out of memory; lower block, pairs.block, method.train_batch_size or an attack's batch_size, or set "
-            "precision.dtype, precision.gradient_checkpointing or precision.offload in a new --out, or free some; "
-            f"nothing is lost: {_again(arguments)}"
+            "precision.dtype, precision.gradient_checkpointing, precision.offload or (for several processes) "
+            "precision.shard, each in a new --out, as a run keeps its settings; or free some: nothing is lost: "
+            f"{_again(arguments)}"
         )
         return MISUSE
     except KeyboardInterrupt:

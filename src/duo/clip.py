@@ -108,7 +108,7 @@ def find_clip(source: str, where: str) -> None:
     if not is_hub_id(source):
         raise UserError(f"{where}: model is {source!r}, which is neither a folder nor a hub id")
     try:
-        hub_file(source, CONFIG, kind="a CLIP")
+        hub_file(source, CONFIG, kind="a CLIP", give="the judge's model a local folder")
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 

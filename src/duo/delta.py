@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from duo import gating
+from duo.bases import check_base, remembered
 from duo.checkpoint import read_tensors, write_tensors
 from duo.errors import UserError
 from duo.plugins import Family, Run
@@ -55,7 +56,7 @@ class Delta:
 
     @classmethod
     def load(cls, path: Path) -> Delta:
-        """Read a file of `save`."""
+        """Read a file of `save`; a `UserError` where it is none, or holds what is no change of weights."""
         tensors, record = read_tensors(path)
         components = {name.partition(".")[0] for name in tensors}
         known = record.get("schema") == SCHEMA and record.get("kind") in KINDS
@@ -64,6 +65,7 @@ class Delta:
         (component,), kind = components, str(record["kind"])
         rest = {key: value for key, value in record.items() if key not in ("schema", "kind")}
         named = {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}
+        _check_tensors(path, kind, named)
         return cls(kind=kind, component=component, tensors=named, record=rest)
 
     def layers(self) -> list[str]:
@@ -84,27 +86,30 @@ class Delta:
 
         Changed weights are swapped in, with no adapter modules: sampling runs at the speed of the plain model and gives
         the same images as `merge`. A "gated" delta has to stay beside the weights, and costs a little. Contexts may be
-        nested, the last one entered being left first.
+        nested, the last one entered being left first. Raises `UserError` where the delta does not fit the model, or was
+        made for a base with other weights.
         """
         if self.kind == "gated":
             self._check(model)
             with gating.attached(self.tensors, self.record, model, weight):
                 yield
             return
-        parameters = self._parameters(model)
+        modules = self._check(model)
+        parameters = self._parameters(modules)
         originals = {name: parameter.data for name, parameter in parameters.items()}
-        try:
-            for name, parameter in parameters.items():
-                parameter.data = self._changed(name, originals[name], weight)
-            yield
-        finally:
-            for name, parameter in parameters.items():
-                parameter.data = originals[name]
+        with remembered(modules.values()):
+            try:
+                for name, parameter in parameters.items():
+                    parameter.data = self._changed(name, originals[name], weight)
+                yield
+            finally:
+                for name, parameter in parameters.items():
+                    parameter.data = originals[name]
 
     def merge(self, model: Family) -> None:
-        """Bake the change into the model's own weights; summed in float32."""
+        """Bake the change into the model's own weights; summed in float32. Refuses what `attached` does."""
         self.refuse_gate("merged into weights")
-        for name, parameter in self._parameters(model).items():
+        for name, parameter in self._parameters(self._check(model)).items():
             parameter.data = self._changed(name, parameter.data, 1.0)
 
     def refuse_gate(self, wanted: str) -> None:
@@ -117,7 +122,7 @@ class Delta:
             )
 
     def _check(self, model: Family) -> dict[str, nn.Module]:
-        """The changed modules by name, checked against the tensors' shapes."""
+        """The changed modules by name, checked against the tensors' shapes and the base that they were made for."""
         known: dict[str, nn.Module] = dict(model.denoiser.named_modules())
         for name in self.layers():
             if not self._fits(name, known.get(name)):
@@ -125,6 +130,7 @@ class Delta:
                 raise UserError(
                     f"the delta was made for {base!r} and does not fit model {model.name!r} at layer {name}"
                 )
+        check_base(self.record, model)
         return {name: known[name] for name in self.layers()}
 
     def _fits(self, layer: str, module: nn.Module | None) -> bool:
@@ -144,9 +150,8 @@ class Delta:
             return [f"{layer}.lora_A.weight"]
         return [name for name in self.tensors if name.partition(".")[2] == f"{layer}.lora_A.weight"]
 
-    def _parameters(self, model: Family) -> dict[str, nn.Parameter]:
-        """The changed parameters by name."""
-        modules = self._check(model)
+    def _parameters(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+        """The changed parameters of the changed modules, by name."""
         names = (
             [name.removesuffix(DIFFERENCE) for name in sorted(self.tensors)]
             if self.kind == "weights"
@@ -175,7 +180,7 @@ def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> 
 
     Low-rank ones are put side by side, differences are added, and gated ones keep a gate each. The erasures were
     trained apart, so how each of them fares beside the others has to be measured. Raises `UserError` where they are of
-    different models, kinds or shapes, or a weight is no use.
+    different models, kinds or shapes, a weight is no use, or the sum overflows.
     """
     weights = [1.0] * len(deltas) if weights is None else list(weights)
     if not deltas or len(weights) != len(deltas):
@@ -203,6 +208,9 @@ def compose(deltas: Sequence[Delta], weights: Sequence[float] | None = None) -> 
     if first.kind == "gated":
         record |= gating.joined_record([delta.record for delta in deltas])
     tensors = joined[first.kind](deltas, weights)
+    wrong = not_finite(tensors)
+    if wrong is not None:
+        raise UserError(f"at these weights the erasures come to {wrong} that is not finite; give smaller weights")
     return Delta(kind=first.kind, component=first.component, tensors=tensors, record=record)
 
 
@@ -240,3 +248,25 @@ def _numbered(deltas: Sequence[Delta], weights: Sequence[float]) -> dict[str, Te
             tensors[f"{first + int(number)}.{rest}"] = tensor * weight if ".lora_B" in rest else tensor
         first += count
     return tensors
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that holds NaN or infinity, or None."""
+    return next((name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()), None)
+
+
+def _check_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `UserError` where half of a low-rank product is missing or does not fit the other, or one is not finite."""
+    for name in tensors:
+        module, low_rank, _ = name.partition(".lora_")
+        down, up = (f"{module}.lora_{part}.weight" for part in "AB")
+        if not low_rank and kind != "lora":
+            continue
+        missing = next((half for half in (down, up) if half not in tensors), None)
+        if missing is not None:
+            raise UserError(f"{path} holds {name} but no {missing}; restore it, or run `duo erase` again")
+        if tensors[down].dim() < 2 or tensors[up].shape[1:2] != tensors[down].shape[:1]:
+            raise UserError(f"{path}: {down} and {up} are of different ranks; restore it, or run `duo erase` again")
+    wrong = not_finite(tensors)
+    if wrong is not None:
+        raise UserError(f"{path}: {wrong} holds NaN or infinity, which would ruin the model; run `duo erase` again")

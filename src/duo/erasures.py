@@ -10,7 +10,7 @@ from duo.delta import Delta, compose
 from duo.errors import UserError
 from duo.fields import build
 from duo.recipe import Recipe
-from duo.rundir import RunDir, read_table
+from duo.rundir import RunDir, digest, read_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,7 @@ class Erasure:
 
     path: Path
     delta: Delta
+    digest: str  # of the delta's file
     model: str
     recipe: Recipe | None = None
 
@@ -30,12 +31,13 @@ class Erasure:
             model = delta.record.get("model")
             if not isinstance(model, str):
                 raise UserError(f"{path} does not say which model it is of; give the folder of its run")
-            return cls(path=path, delta=delta, model=model)
+            return cls(path=path, delta=delta, digest=digest(path), model=model)
         if not path.is_dir():
             raise UserError(f"{path} is neither a run folder nor a delta file; give the --out of a `duo run`")
         RunDir(path).stage("erase").require("erase")
         recipe = build(Recipe, read_table(path / "run.json", "recipe")["recipe"], f"{path / 'run.json'}: recipe")
-        return cls(path=path, delta=Delta.load(path / "erase" / "delta.safetensors"), model=recipe.model, recipe=recipe)
+        file = path / "erase" / "delta.safetensors"
+        return cls(path=path, delta=Delta.load(file), digest=digest(file), model=recipe.model, recipe=recipe)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ class Composition:
         first, *others = dict.fromkeys(one.model for one in found)
         if others:
             raise UserError(f"the erasures are of different models, {first!r} and {others[0]!r}; merge one by one")
+        _refuse_twice(found)
         chosen = (1.0,) * len(found) if weights is None else tuple(weights)
         whole = chosen == (1.0,)
         delta = found[0].delta if whole else compose([one.delta for one in found], chosen)
@@ -72,3 +75,14 @@ class Composition:
     def alone(self) -> bool:
         """Whether this is one erasure as it was made."""
         return self.weights == (1.0,)
+
+
+def _refuse_twice(found: Sequence[Erasure]) -> None:
+    paths: dict[str, Path] = {}
+    for one in found:
+        if one.digest in paths:
+            raise UserError(
+                f"{paths[one.digest]} and {one.path} are the same erasure, and would count twice; name it once, with "
+                "--weights where it shall weigh more"
+            )
+        paths[one.digest] = one.path

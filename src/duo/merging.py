@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from duo.concept import load_concept
+from duo.delta import not_finite
 from duo.erasures import Composition
 from duo.errors import UserError
 from duo.licence import Licence
@@ -61,9 +62,13 @@ def merge(
 ) -> Merged:
     """Write the erased model of a run or a delta file, or of several with `weights`, to the new diffusers folder `out`.
 
-    The folder appears only once it is verified: loaded again, it holds no adapter weights and, in float32, draws what
-    the model with the delta attached draws. In "fp16" or "bf16" images differ, and so may rates: those of the first
-    attack row of each run are measured again, as they are where several erasures are merged.
+    The folder appears only once it is verified: loaded again, it holds no adapter weights, only finite ones and,
+    in float32, draws what the model with the delta attached draws. In "fp16" or "bf16" images differ, and so may
+    rates: those of the first attack row of each run are measured again, as they are where several erasures are merged.
+
+    Whatever `dtype` is, weights are read and summed in float32 and rounded once, at the end: a change that is small
+    beside its weight would be lost to a sum of halves. So one model in float32 has to fit in memory, and for fp16 and
+    bf16 it lies on the disk for a while.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
@@ -85,6 +90,7 @@ def merge(
             shutil.rmtree(whole)
         _refuse_adapters(unverified)
         again = load_family(str(unverified), device=device, dtype=DTYPES[dtype])
+        _refuse_overflow(again, dtype)
         difference = _largest_difference(wanted, _draw(again, composed))
         if dtype == "fp32" and difference > LARGEST_DIFFERENCE:
             raise UserError(f"the merged model differs by {difference}/255 from the erased one; {out} was not written")
@@ -117,6 +123,14 @@ def _refuse_adapters(folder: Path) -> None:
             left = [key for key in file.keys() if any(mark in key for mark in ADAPTER_MARKS)]  # noqa: SIM118
         if left:
             raise UserError(f"{path.relative_to(folder)} still holds adapter weights ({left[0]}); nothing was written")
+
+
+def _refuse_overflow(model: Family, dtype: str) -> None:
+    for network in (model.denoiser, *model.encoders()):
+        wrong = not_finite(dict(network.named_parameters()))
+        if wrong is not None:
+            way_out = "give the erasure less weight" if dtype == "fp32" else "merge with --dtype fp32, or bf16 for fp16"
+            raise UserError(f"in {dtype} {wrong} holds NaN or infinity; {way_out}; nothing was written")
 
 
 def _largest_difference(first: list[Image], second: list[Image]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,21 @@ _MARKS = {
     "joint_blocks.": "StableDiffusion3Pipeline",
     "double_blocks.": "FluxPipeline",
 }
+
+
+def written_out(model: str) -> str:
+    """What the user calls a model, as records keep it: a path on this machine in full, so that it holds in any folder.
+
+    Links are kept, for those of the hub client's cache lead to files without names.
+    """
+    path = Path(model).expanduser()
+    local = model and model not in EMBEDDED and path.exists()
+    return os.path.normpath(path.absolute()) if local else model
+
+
+def title(model: str) -> str:
+    """What pages and cards call a model: the last part of a path, without this machine's other folders."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def usable_device(device: torch.device | str) -> torch.device:
@@ -60,7 +76,8 @@ def load_family(
     family, source = _find(model, config)
     on = usable_device(device)
     of_file = {"config": config} if Path(source).is_file() else {}
-    loaded: plugins.Family = family.load(source, name=model, device=on, dtype=dtype or torch.float32, **of_file)
+    name = written_out(model)
+    loaded: plugins.Family = family.load(source, name=name, device=on, dtype=dtype or torch.float32, **of_file)
     return loaded
 
 
@@ -79,7 +96,7 @@ def denoiser_config(model: str, component: str, *, config: str | None = None) ->
     source, index = _locate(model)
     path = index.parent / component / "config.json"
     if hub_id(source) is not None and not path.is_file():
-        path = hub_file(model, f"{component}/config.json", kind="a model")
+        path = hub_file(model, f"{component}/config.json", kind="a model", give="a local folder by --model")
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -148,7 +165,7 @@ def _locate(model: str) -> tuple[str, Path]:
     if not is_hub_id(model):
         known = did_you_mean(model, EMBEDDED)
         raise UserError(f"no model is called {model!r}, nor is it a folder, a checkpoint or a hub id{known}")
-    return model, hub_file(model, INDEX, kind="a model")
+    return model, hub_file(model, INDEX, kind="a model", give="a local folder by --model")
 
 
 def _checkpoint_class(path: Path, config: str | None) -> str:

@@ -6,7 +6,8 @@ do not depend on who computed what, because a block is always computed whole and
 
 All waiting goes through the key-value store that torch.distributed meets at, not through collectives: those give up
 after minutes, and a stage may well leave one process waiting for hours. `stop` is seen by all who wait or come for a
-block, so that one process's error ends the others too, and is told once. Only `add_up`, of gradients, is a collective.
+block, so that one process's error ends the others too, and is told once. Only `add_up`, of gradients, and the frozen
+weights that `duo.precision.sharded` gathers go by collectives.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -132,6 +134,16 @@ def share(rows: int) -> slice:
     return slice(rows * rank() // size(), rows * (rank() + 1) // size())
 
 
+@contextmanager
+def exchanging() -> Iterator[None]:
+    """Within the context collectives may run: one that breaks because another process stopped is a `StoppedError`."""
+    try:
+        yield
+    except RuntimeError:
+        _meeting().check()  # a connection that broke because the other process stopped is no news
+        raise
+
+
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Put the sum over all processes into each of `tensors`, by one exchange in float32."""
     if size() == 1:
@@ -139,11 +151,8 @@ def add_up(tensors: Sequence[Tensor]) -> None:
     import torch
 
     flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors])
-    try:
+    with exchanging():
         torch.distributed.all_reduce(flat)
-    except RuntimeError:
-        _meeting().check()  # a connection that broke because the other process stopped is no news
-        raise
     with torch.no_grad():
         for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))

@@ -63,6 +63,7 @@ class Precision:
     offload: bool = False  # VAE and text encoders wait on the CPU while the denoiser is trained
     optimizer_8bit: bool = False  # AdamW with moments of 8 bits, by bitsandbytes
     torch_compile: bool = False  # the denoiser, by torch.compile
+    shard: bool = False  # of several processes each holds a part of the frozen denoiser while it is trained (FSDP)
 
     def __post_init__(self) -> None:
         for name in ("dtype", "weights"):
@@ -72,6 +73,8 @@ class Precision:
             raise ValueError(
                 f"dtype is {self.dtype!r} but weights are {self.weights!r}; give both the same, or leave one"
             )
+        if self.shard and self.torch_compile:
+            raise ValueError("shard and torch_compile do not go together; leave one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +158,7 @@ class Process(Protocol):
         """The times at fractions of the schedule, (n,): 0 clean, 1 where a sampler starts."""
 
     def terminal(self, eps: Tensor, *, at: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Pure noise as the sampler starts from it, with its time: (x_T, t) of shapes (n, …) and (n,).
+        """Pure noise at the noisiest time of the schedule, with that time: (x_T, t) of shapes (n, …) and (n,).
 
         `at` gives it the time of another fraction of the schedule.
         """

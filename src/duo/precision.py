@@ -1,4 +1,4 @@
-"""Memory and rounding of a denoiser: autocast with a way out of it, networks that wait elsewhere, 8-bit moments.
+"""Memory and rounding of a denoiser: autocast with a way out, networks that wait elsewhere, shares, 8-bit moments.
 
 The prior term of DUO is λ·‖f_θ(x_T) − f_φ(x_T)‖² with λ up to 5e6: the difference of two outputs of size about 1 that
 were rounded has a mean square of about eps²/24 even where they are the same function, so λ times that is a floor which
@@ -7,6 +7,7 @@ no training lowers: 0.2 in float16, 13 in bfloat16, beside a preference term tha
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from duo import parallel
 from duo.errors import UserError
 from duo.plugins import Family, Precision
 
@@ -69,14 +71,19 @@ def unrounded(denoiser: nn.Module) -> Iterator[None]:
         cast.enabled = True
 
 
-def check_prior(prior_weight: float, precision: Precision) -> None:
-    """Raise `UserError` where the rounding of frozen weights in half precision would drown the preference term."""
+def check_prior(prior_weight: float, precision: Precision, *, scale: float = 1.0) -> None:
+    """Raise `UserError` where the rounding of frozen weights in half precision would drown the preference term.
+
+    `scale` is what the prior's differences are multiplied by before they are squared, as in `duo.losses.prior_loss`.
+    """
     eps = torch.finfo(getattr(torch, precision.weights)).eps
-    floor = prior_weight * eps**2 / 24
+    floor = prior_weight * scale**2 * eps**2 / 24
     if floor > LARGEST_FLOOR:
+        acts = "" if scale == 1 else f", which precondition_outputs makes {prior_weight * scale**2:.2g}"
         raise UserError(
             f"precision.weights is {precision.weights!r}, whose rounding alone makes the prior term about {floor:.2g} "
-            f"at prior_weight {prior_weight:g}; keep weights float32 and set precision.dtype, or lower prior_weight"
+            f"at prior_weight {prior_weight:g}{acts}; keep weights float32 and set precision.dtype, or lower "
+            "prior_weight"
         )
 
 
@@ -93,6 +100,52 @@ def waiting(modules: Iterable[nn.Module], *, device: torch.device, offload: bool
     finally:
         for module in moved:
             module.to(device)
+
+
+@contextmanager
+def sharded(model: Family, *, shard: bool) -> Iterator[None]:
+    """Within the context each of several processes holds a part of the frozen denoiser, where `shard` says so.
+
+    That is FSDP (Zhao et al. 2023): the weights of a block are gathered for its passes alone, so every process has to
+    send as many batches through the denoiser as the others. An adapter that is put on within the context is whole
+    everywhere. FSDP cannot be taken off, so it is put on a copy of the modules, which is `model.denoiser` for as long.
+
+    At the end the denoiser has its weights back, the same bytes. After an error, which stops all processes, it stays
+    empty: there is nobody to gather them from.
+    """
+    if not shard or parallel.size() == 1:
+        yield
+        return
+    whole = model.denoiser
+    with parallel.exchanging():
+        model.denoiser = shares = _shares(whole, model.device)
+        try:
+            yield
+        finally:
+            model.denoiser = whole
+        for parameter, share in zip(whole.parameters(), shares.parameters(), strict=True):
+            held: Any = share
+            parameter.data = held.full_tensor()
+            held.to_local().untyped_storage().resize_(0)  # lest shares and whole weights lie there together
+
+
+def _shares(denoiser: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of the modules that holds this process's part of their weights on `device`; `denoiser` is left empty."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    blocks: Any = getattr(denoiser, "_no_split_modules", None)  # the classes that diffusers says are gathered as one
+    if not blocks:
+        raise UserError(f"precision.shard: a {type(denoiser).__name__} does not tell its blocks; set it to false")
+    tensors = (*denoiser.parameters(), *denoiser.buffers())
+    copied = copy.deepcopy(denoiser, {id(tensor): tensor for tensor in tensors})
+    mesh = init_device_mesh(device.type, (parallel.size(),))
+    parts = {name: part for name, part in copied.named_modules() if not name or type(part).__name__ in blocks}
+    for name in reversed(parts):  # from the innermost to the whole, which takes what is left
+        fully_shard(parts[name], mesh=mesh, reshard_after_forward=True)
+        for parameter in denoiser.get_submodule(name).parameters():
+            parameter.data = parameter.new_empty(0)
+    return copied
 
 
 def adamw(parameters: nn.ParameterList, *, learning_rate: float, weight_decay: float, eight_bit: bool) -> Any:

@@ -116,3 +116,21 @@ def test_the_folder_is_loaded_with_its_prediction_type(tiny_sd2_v: Any, tiny_sd2
     assert loaded.process.prediction_type == "v_prediction"  # type: ignore[attr-defined]
     ours, read = (model.generate(PROMPTS, seeds=[1, 2], sampling=SHORT) for model in (tiny_sd2_v, loaded))
     assert np.abs(pixels(ours) - pixels(read)).max() <= 1
+
+
+@pytest.mark.parametrize(("spacing", "first"), [("leading", 981), ("linspace", 999), ("trailing", 999)])
+def test_a_sampler_with_leading_spacing_starts_below_the_terminal_step(
+    vocabulary: Path, spacing: str, first: int
+) -> None:
+    model = Sd(pipeline_with(vocabulary, timestep_spacing=spacing), name="tiny")
+    calls: list[int] = []
+
+    def stop(_: object, arguments: tuple[Any, ...]) -> None:
+        calls.append(int(arguments[1]))
+        raise KeyboardInterrupt
+
+    model.denoiser.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(["a car"], seeds=[7], sampling=Sampling(num_inference_steps=50, guidance_scale=1.0))
+    assert calls == [first]
+    assert model.process.terminal(torch.zeros(1))[1].item() == 999

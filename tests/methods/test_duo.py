@@ -244,3 +244,22 @@ def test_preconditioned_errors_are_those_of_the_clean_image(
     assert run.rows[1]["prior"] == pytest.approx((clean[1][4:] - clean[0][4:]).square().mean().item(), rel=1e-3)
     assert asked[-1][1][4:].tolist() == pytest.approx([0.003 / 1.002] * 2)
     assert asked[-1][1][:4].min() >= 0.5 - 1e-6
+
+
+@pytest.mark.parametrize("settings", [{"prior_at": 1.0}, {"prior_at": 0.5, "timestep_range": (0.0, 1.0)}])
+def test_errors_on_a_clean_image_that_nothing_implies_are_refused_before_training(
+    settings: dict[str, Any], tiny_sd, pairs: Pairs, tmp_path: Path
+) -> None:
+    process = tiny_sd.process
+    tiny_sd.process = replace(process, alphas_cumprod=process.alphas_cumprod.clone())
+    tiny_sd.process.alphas_cumprod[-1] = 0.0  # a zero terminal SNR
+    run = RecordingRun(tmp_path)
+    with pytest.raises(UserError, match=r"precondition_outputs = true, .* 'tiny' holds no signal at fraction 1 of"):
+        erase(replace(QUICK, precondition_outputs=True, **settings), tiny_sd, pairs, run)
+    assert not run.rows
+    below = replace(QUICK, precondition_outputs=True, prior_at=0.5, max_train_steps=1)
+    erase(below, tiny_sd, pairs, run)
+    erase(replace(QUICK, max_train_steps=1, **settings), tiny_sd, pairs, RecordingRun(tmp_path / "plain"))
+    tiny_sd.process = replace(tiny_sd.process, prediction_type="v_prediction")
+    once = replace(QUICK, precondition_outputs=True, max_train_steps=1, **settings)
+    erase(once, tiny_sd, pairs, RecordingRun(tmp_path / "v"))

@@ -256,6 +256,26 @@ def test_verdict_tells_what_the_embedded_judges_miss(tmp_path: Path) -> None:
         assert any("labels given by eye" in line for line in lines) is told
 
 
+def test_what_is_known_of_the_judge_of_fire_is_told_of_fire_alone(tmp_path: Path) -> None:
+    run = synthetic.write_run(tmp_path / "demo")
+    for concept, told in (("toybox-fire", True), ("toybox-flooded", False)):
+        _edit(run / "score/scores.json", lambda data, concept=concept: data.update(concept=concept))
+        write_report(run)
+        assert ("embedded judge of fire" in (run / "report.html").read_text()) is told
+        lines = verdict(json.loads((run / "report.json").read_text()))
+        assert any("embedded judge of fire" in line for line in lines) is told
+
+
+def test_a_local_model_is_called_by_its_folder_and_is_no_hub_model(run: Path) -> None:
+    _edit(run / "score/scores.json", lambda data: data.update(model="/home/someone/models/sd1"))
+    write_report(run)
+    card = (run / "README.md").read_text()
+    assert "base_model" not in yaml.safe_load(card.split("---\n")[1])
+    assert "# sd1 without fire" in card
+    assert 'duo.load_family("/home/someone/models/sd1")' in card
+    assert "on sd1</span>" in (run / "report.html").read_text()
+
+
 def test_verdict_without_a_sound_control_claims_nothing(tmp_path: Path) -> None:
     run = synthetic.write_run(tmp_path / "demo", attacks={"prompts": (10, 0, 0)})
     write_report(run)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers.utils import logging as diffusers_logging
 from PIL.Image import Image
 from torch import Tensor, nn
 
@@ -23,16 +26,30 @@ def make_pipeline(kind: Any, **components: Any) -> Any:
 
 
 def sample(pipeline: Any, *, seeds: Sequence[int], sampling: Sampling, **arguments: Any) -> list[Image]:
-    """Images of one batch; image i depends on seeds[i] alone. `arguments` are the pipeline's own."""
+    """Images of one batch; image i depends on seeds[i] alone. `arguments` are the pipeline's own.
+
+    Raises `UserError` where an image is not finite, which diffusers would hand over as a black one.
+    """
     trained = pipeline.scheduler.config.num_train_timesteps
     if sampling.num_inference_steps > trained:
         raise UserError(f"sampling.num_inference_steps is {sampling.num_inference_steps}, expected at most {trained}")
-    images: list[Image] = pipeline(
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale,
-        **arguments,
-    ).images
+    with warnings.catch_warnings():
+        # SDXL's pipelines upcast a float16 VAE by a method that diffusers itself has deprecated.
+        warnings.filterwarnings("ignore", "`upcast_vae` is deprecated", FutureWarning)
+        pixels = pipeline(
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=sampling.num_inference_steps,
+            guidance_scale=sampling.guidance_scale,
+            output_type="np",
+            **arguments,
+        ).images
+    for seed, image in zip(seeds, pixels, strict=True):
+        if not np.isfinite(image).all():
+            raise UserError(
+                f"the image of seed {seed} came out as NaN: float16 overflowed, where bfloat16 or float32 would not, "
+                "or the model's weights are damaged"
+            )
+    images: list[Image] = pipeline.image_processor.numpy_to_pil(pixels)  # what the pipeline itself does next
     return images
 
 
@@ -97,18 +114,41 @@ def new_scheduler(own: Any, name: str | None, *, model: str) -> Any:
     known = {cls.__name__: cls for cls in [*own.compatibles, type(own)]}
     chosen = known.get(name or type(own).__name__)
     if chosen is None:
-        raise UserError(f"scheduler = {name!r} does not fit model {model!r}{did_you_mean(str(name), known)}")
-    config = dict(own.config)
-    if "clip_sample" in inspect.signature(chosen).parameters:
-        config.setdefault("clip_sample", False)  # the class's default clips to [−1, 1], which is for pixels
-    scheduler = chosen.from_config(config)
-    trained, sampled = (getattr(one, "alphas_cumprod", None) for one in (own, scheduler))
-    # Some classes put 2⁻²⁴ where others have ᾱ = 0.
-    if trained is not None and sampled is not None and not torch.allclose(trained, sampled, rtol=1e-4, atol=1e-6):
+        usable = [each for each, cls in known.items() if _usable(cls, own)]
+        raise UserError(f"scheduler = {name!r} does not fit model {model!r}{did_you_mean(str(name), usable)}")
+    scheduler = _configured(chosen, own)
+    if not _same_noise(own, scheduler):
         raise UserError(
             f"scheduler = {name!r} cannot keep the noise schedule of model {model!r}; leave it out, or name another"
         )
     return scheduler
+
+
+def _configured(cls: Any, own: Any) -> Any:
+    config = dict(own.config)
+    if "clip_sample" in inspect.signature(cls).parameters:
+        config.setdefault("clip_sample", False)  # the class's default clips to [−1, 1], which is for pixels
+    return cls.from_config(config)
+
+
+def _same_noise(own: Any, scheduler: Any) -> bool:
+    """Whether `scheduler` samples on the noise schedule of `own`; those of rectified flow have no ᾱ to compare."""
+    trained, sampled = (getattr(one, "alphas_cumprod", None) for one in (own, scheduler))
+    if trained is None or sampled is None:  # EDMEulerScheduler has a schedule of its own, whatever the config says
+        return trained is sampled
+    return torch.allclose(trained, sampled, rtol=1e-4, atol=1e-6)  # some put 2⁻²⁴ where others have ᾱ = 0
+
+
+def _usable(cls: Any, own: Any) -> bool:
+    """Whether a scheduler's class can be used here in place of `own`: installed, and with the same noise schedule."""
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # it tells what each class leaves of the config
+    try:
+        return _same_noise(own, _configured(cls, own))
+    except ImportError:  # a class that needs another package has a stand-in
+        return False
+    finally:
+        diffusers_logging.set_verbosity(level)
 
 
 def layers_in(denoiser: nn.Module, scope: str, scopes: Mapping[str, re.Pattern[str]]) -> dict[str, nn.Module]:

@@ -81,7 +81,12 @@ class DdpmProcess:
         return last.clamp(min=0).to(self.alphas_cumprod.device)
 
     def terminal(self, eps: Tensor, *, at: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Pure noise at step T − 1, not scaled by √(1 − ᾱ): what a sampler is handed first. `at` labels it at·T − 1."""
+        """Pure noise at step T − 1, not scaled by √(1 − ᾱ): the end of the schedule. `at` labels it at·T − 1.
+
+        Samplers with trailing or linspace spacing start there, and the authors' code for DUO takes its prior there.
+        Samplers with leading spacing, Stable Diffusion's own among them, start below: at step 981 of 1000 where they
+        take 50 steps with an offset of 1.
+        """
         return eps, self.times(torch.full((len(eps),), at))
 
     def x0_scale(self, t: Tensor) -> Tensor:

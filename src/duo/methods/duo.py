@@ -6,8 +6,9 @@ Departures from the authors' code, which fine-tunes Stable Diffusion 1.4 and 3:
 - Timesteps may be shared within a pair, as the derivation has it; the code draws them independently.
 - Latents are the posterior's means, encoded once; the code samples them anew at every step.
 - Training is at what guidance starts from: the empty prompt, as theirs is, but zeros on SDXL (`Family.unconditional`).
-- The prior is taken where sampling starts. Their code for SD3 labels its pure noise as nearly clean, which `prior_at`
-  can repeat (with `precondition_outputs`, as there, λ then acts as λ·σ²: the published 5e6 as 45).
+- The prior is taken at the end of the schedule, as theirs is on SD 1.4. Their code for SD3 labels its pure noise as
+  nearly clean, which `prior_at` can repeat (with `precondition_outputs`, as there, λ then acts as λ·σ²: the published
+  5e6 as 45).
 - `positive_penalty` adds the safeguard of DPO-Positive (`duo.losses.duo_loss`); 0 is the published objective.
 """
 
@@ -28,7 +29,7 @@ from duo.errors import UserError
 from duo.losses import duo_loss, prior_loss, squared_error
 from duo.pairs import Pairs
 from duo.plugins import Family, Run
-from duo.precision import check_8bit, check_prior, rounds, unrounded, waiting
+from duo.precision import check_8bit, check_prior, rounds, sharded, unrounded, waiting
 from duo.training import Lora, attach_lora, fit, follow
 
 Schedule = Literal[
@@ -107,7 +108,8 @@ class Duo:
         assert pairs is not None
         if self.train_batch_size > len(pairs):
             raise UserError(f"train_batch_size = {self.train_batch_size} but there are only {len(pairs)} pairs")
-        check_prior(self.prior_weight, run.precision)
+        self._check_scale(model)
+        check_prior(self.prior_weight, run.precision, scale=self._prior_scale(model))
         if run.precision.optimizer_8bit:
             check_8bit()
         unsafe, safe = (encode(model, side) for side in (pairs.unsafe, pairs.safe))
@@ -120,6 +122,7 @@ class Duo:
         trained = {key: v for key, v in made["config"].items() if key not in free}
         with (
             waiting(model.encoders(), device=model.device, offload=run.precision.offload),
+            sharded(model, shard=run.precision.shard),
             attach_lora(model.denoiser, layers, rank=self.rank, alpha=alpha, seed=run.seed) as lora,
         ):
             steps = fit(
@@ -145,6 +148,24 @@ class Duo:
             tensors=tensors,
             record={**made, "lora": {"rank": self.rank, "alpha": alpha, "target_modules": layers}},
         )
+
+    def _prior_scale(self, model: Family) -> float:
+        """What the prior's differences are multiplied by: with preconditioned outputs λ acts as λ·scale²."""
+        if not self.precondition_outputs:
+            return 1.0
+        _, last = model.process.terminal(torch.zeros(1), at=self.prior_at)
+        return float(model.process.x0_scale(last))
+
+    def _check_scale(self, model: Family) -> None:
+        """Raise `UserError` where errors would be measured on clean images that no prediction implies."""
+        noisiest = max(self.prior_at, self.timestep_range[1])
+        _, t = model.process.terminal(torch.zeros(1), at=noisiest)
+        if self.precondition_outputs and not torch.isfinite(model.process.x0_scale(t)).all():
+            raise UserError(
+                f"precondition_outputs = true, but the noise of model {model.name!r} holds no signal at fraction "
+                f"{noisiest:g} of its schedule (a zero terminal SNR), where a prediction of epsilon implies no clean "
+                "image; set it to false, or lower prior_at and the end of timestep_range"
+            )
 
     def _objective(
         self, model: Family, lora: Lora, *, unsafe: Tensor, safe: Tensor, empty: Conditioning

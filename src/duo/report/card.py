@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from duo.licence import Licence
-from duo.models import EMBEDDED
+from duo.models import EMBEDDED, title
 from duo.report.front_matter import front_matter, results
 from duo.report.markdown import fill
 from duo.report.records import RunRecords
@@ -18,7 +18,7 @@ def render(records: RunRecords) -> str:
     metadata = front_matter(
         model=scores.model,
         relation="adapter",
-        name=f"{scores.model} without {concept}",
+        name=f"{title(scores.model)} without {concept}",
         tags=[scores.method],
         results=results(scores),
     )
@@ -26,6 +26,7 @@ def render(records: RunRecords) -> str:
         "card.md",
         metadata=metadata,
         scores=scores,
+        title=title(scores.model),
         concept=concept,
         findings=findings(scores),
         pairs=len(records.pairs),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from duo.licence import Licence
-from duo.models import hub_id
+from duo.models import hub_id, title
 from duo.report.front_matter import detected, front_matter, results
 from duo.report.json_fields import read_object
 from duo.report.markdown import fill
@@ -85,9 +85,13 @@ def render(*, model: str, parts: Sequence[Part], dtype: str, difference: int, re
     return fill(
         "merged_card.md",
         metadata=front_matter(
-            model=model, relation="finetune", name=f"{model} without {words}", tags=[*methods, "merged"], results=found
+            model=model,
+            relation="finetune",
+            name=f"{title(model)} without {words}",
+            tags=[*methods, "merged"],
+            results=found,
         ),
-        model=model,
+        title=title(model),
         base=hub_id(model),
         words=words,
         parts=parts,

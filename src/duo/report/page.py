@@ -16,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from duo.models import title
 from duo.report import figures
 from duo.report.images import data_uri, pixelated, read_image
 from duo.report.records import MODELS, Picture, Preservation, RunRecords, Scores
@@ -115,6 +116,7 @@ def render(records: RunRecords, *, uncensored: bool) -> str:
     show = _Show(concept_word(scores.concept), uncensored=uncensored)
     return environment.get_template("template.html").render(
         scores=scores,
+        title=title(scores.model),
         concept=concept_word(scores.concept),
         findings=findings(scores),
         tiles=_tiles(scores),

@@ -224,8 +224,8 @@ def _corrupted(scores: Scores) -> Finding | None:
 
 
 def _judge(scores: Scores) -> Finding | None:
-    """What is known of the embedded world's judges (docs/toybox.md); of others the report knows nothing."""
-    if scores.world_digest is None:
+    """What is known of the embedded world's judge of fire (docs/toybox.md); of others the report knows nothing."""
+    if scores.world_digest is None or concept_word(scores.concept) != "fire":
         return None
     return Finding(heading="What the judge misses", text=TOYBOX_JUDGES)
 

@@ -140,13 +140,17 @@ class _Search:
 
     @classmethod
     def load(cls, path: Path) -> _Search:
+        """Read a file of `save`; a `UserError` where another version of duo wrote it."""
         tensors, record = read_tensors(path)
-        stored: Any = record.pop("attempts")
-        attempts = [
-            Attempt(**one, tokens={k.removeprefix(f"{n}."): v for k, v in tensors.items() if k.startswith(f"{n}.")})
-            for n, one in enumerate(stored)
-        ]
-        return cls(attempts=attempts, **record)  # type: ignore[arg-type]
+        try:
+            stored: Any = record.pop("attempts")
+            attempts = [
+                Attempt(**one, tokens={k.removeprefix(f"{n}."): v for k, v in tensors.items() if k.startswith(f"{n}.")})
+                for n, one in enumerate(stored)
+            ]
+            return cls(attempts=attempts, **record)  # type: ignore[arg-type]
+        except (KeyError, TypeError) as error:
+            raise _foreign(path.parents[1]) from error
 
 
 def _attack_one(session: Session, row: AttackRow, stage: Stage, model_name: str, knowledge: AttackConcept) -> None:
@@ -235,11 +239,24 @@ def _of_image(searches: Sequence[_Search], index: int) -> Attempt:
     return attempts[index // len(searches) % len(attempts)]
 
 
-def rendered_attempts(folder: Path, images: int) -> list[Attempt]:
-    """The attempts, learned tokens included, that the images of the finished attack in `folder` were rendered from."""
+def rendered_attempts(folder: Path) -> tuple[list[Attempt], list[int]]:
+    """The attempts, learned tokens included, and seeds that the images of the finished attack in `folder` are of.
+
+    Raises `UserError` where another version of duo made the attack.
+    """
     searches = [_Search.load(path) for path in sorted((folder / "search").glob("*.safetensors"))]
     left = [one for one in searches if one.attempts]
-    return [_of_image(left, i) for i in range(images)]
+    rows = rundir.read_jsonl(folder / "attempts.jsonl")
+    if not left or not rows or not all(isinstance(row.get("seed"), int) for row in rows):
+        raise _foreign(folder)
+    return [_of_image(left, i) for i in range(len(rows))], [row["seed"] for row in rows]
+
+
+def _foreign(folder: Path) -> UserError:
+    return UserError(
+        f"{folder} was made by another version of duo; run it again in a new --out, or give `duo merge` the "
+        "erase/delta.safetensors of the run, whose rates it does not measure"
+    )
 
 
 def _prepare(

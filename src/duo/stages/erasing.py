@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from duo import parallel, rundir
+from duo.bases import base_digest
 from duo.delta import Delta
 from duo.errors import UserError
 from duo.fields import as_table
@@ -31,7 +34,8 @@ def erase(session: Session) -> Delta:
                 run=session.lend(stage, "erase", seed=session.erase_seed),
             )
             if parallel.is_main():
-                delta.save(path)
+                base = base_digest(session.model, delta.layers())
+                replace(delta, record={**delta.record, "base": base}).save(path)
                 stage.finish(digest=rundir.digest(path), delta={"kind": delta.kind, "layers": len(delta.layers())})
     return Delta.load(path)
 

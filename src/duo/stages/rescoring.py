@@ -6,7 +6,6 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from duo import rundir
 from duo.plugins import Family
 from duo.recipe import Recipe
 from duo.rundir import RunDir
@@ -29,20 +28,20 @@ class Rescored:
 def rescore(run: Path, recipe: Recipe, model: Family) -> Rescored | None:
     """Draw the images of the first attack row of a run, on the erased model, again with `model`, and judge both.
 
-    The prompts, learned words and seeds are the run's. None where the row was not run to its end.
+    The prompts, learned words and seeds are the run's. None where the row was not run to its end; a `UserError` where
+    another version of duo ran it.
     """
     row = recipe.attacks[0].row if recipe.attacks else ""
     stage = RunDir(run).stage("attack", row, "erased")
     if not stage.finished:
         return None
     session = Session(recipe, run, device=model.device, model=model)
-    rows = rundir.read_jsonl(stage.folder / "attempts.jsonl")
-    attempts = rendered_attempts(stage.folder, len(rows))
+    attempts, seeds = rendered_attempts(stage.folder)
     with tempfile.TemporaryDirectory() as folder:
-        render(session, Path(folder), attempts, [one["seed"] for one in rows], label=f"{row}: images drawn again")
-        drawn = read_images(Path(folder), len(rows))
+        render(session, Path(folder), attempts, seeds, label=f"{row}: images drawn again")
+        drawn = read_images(Path(folder), len(seeds))
     before, after = (
         sum(verdict.label == "present" for verdict in session.judge(images))
-        for images in (read_images(stage.folder / "images", len(rows)), drawn)
+        for images in (read_images(stage.folder / "images", len(seeds)), drawn)
     )
-    return Rescored(concept=session.concept.name, row=row, n=len(rows), before=before, after=after)
+    return Rescored(concept=session.concept.name, row=row, n=len(seeds), before=before, after=after)

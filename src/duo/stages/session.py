@@ -19,7 +19,7 @@ from duo.concept import Concept, NearMiss, load_concept
 from duo.delta import Delta
 from duo.errors import UserError, did_you_mean
 from duo.fields import as_table
-from duo.models import EMBEDDED, load_family, usable_device
+from duo.models import EMBEDDED, load_family, usable_device, written_out
 from duo.plugins import Family, Judge, Metric, Precision
 from duo.precision import prepare_denoiser
 from duo.recipe import NOT_MEASURED, Recipe
@@ -207,7 +207,14 @@ class Session:
 
 
 def _resolved(recipe: Recipe, concept: Concept, method: Any, attacks: Mapping[str, Any]) -> Recipe:
-    """The recipe with every field of its leaves written out, for a record must not depend on defaults."""
+    """The recipe with its paths and every field of its leaves written out, for a record must not depend on the folder
+    that the command was given in, nor on defaults."""
+    recipe = replace(
+        recipe,
+        concept=written_out(recipe.concept) if recipe.concept.endswith(".toml") else recipe.concept,
+        model=written_out(recipe.model),
+        model_config=None if recipe.model_config is None else written_out(recipe.model_config),
+    )
     rows = tuple(replace(row, settings=as_table(attacks[row.row])) for row in recipe.attacks)
     pairs = replace(
         recipe.pairs,
