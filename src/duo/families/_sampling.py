@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from duo.errors import UserError, did_you_mean
+from duo.errors import UserError, did_you_mean, first_line
 from duo.plugins import Sampling
 
 
@@ -24,9 +26,7 @@ def make_pipeline(kind: Any, **components: Any) -> Any:
 
 def sample(pipeline: Any, *, seeds: Sequence[int], sampling: Sampling, **arguments: Any) -> list[Image]:
     """Images of one batch; image i depends on seeds[i] alone. `arguments` are the pipeline's own."""
-    trained = pipeline.scheduler.config.num_train_timesteps
-    if sampling.num_inference_steps > trained:
-        raise UserError(f"sampling.num_inference_steps is {sampling.num_inference_steps}, expected at most {trained}")
+    check_steps(pipeline.scheduler, sampling)
     images: list[Image] = pipeline(
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         num_inference_steps=sampling.num_inference_steps,
@@ -34,6 +34,20 @@ def sample(pipeline: Any, *, seeds: Sequence[int], sampling: Sampling, **argumen
         **arguments,
     ).images
     return images
+
+
+def check_steps(scheduler: Any, sampling: Sampling) -> None:
+    """Raise `UserError` where images would be sampled in more steps than the model was trained on."""
+    trained = scheduler.config.num_train_timesteps
+    if sampling.num_inference_steps > trained:
+        raise UserError(f"sampling.num_inference_steps is {sampling.num_inference_steps}, expected at most {trained}")
+
+
+def check_side(size: tuple[int, int], least: int) -> None:
+    """Raise `UserError` where a side of an image (width, height) has fewer pixels than `least`."""
+    if min(size) < least:
+        width, height = size
+        raise UserError(f"an image of {width}×{height} is too small for this model; it needs at least {least} a side")
 
 
 def check_rows(
@@ -94,21 +108,63 @@ def new_scheduler(own: Any, name: str | None, *, model: str) -> Any:
     It takes over the config of the model's `own`. `UserError` where the class does not fit, or would sample on another
     noise schedule than the model was trained on, as one that does not know `rescale_betas_zero_snr` would.
     """
-    known = {cls.__name__: cls for cls in [*own.compatibles, type(own)]}
+    known = {
+        cls.__name__: cls for cls in [*own.compatibles, type(own)] if missing_packages(cls) or _of_a_kind(cls, own)
+    }
     chosen = known.get(name or type(own).__name__)
     if chosen is None:
-        raise UserError(f"scheduler = {name!r} does not fit model {model!r}{did_you_mean(str(name), known)}")
-    config = dict(own.config)
-    if "clip_sample" in inspect.signature(chosen).parameters:
-        config.setdefault("clip_sample", False)  # the class's default clips to [−1, 1], which is for pixels
-    scheduler = chosen.from_config(config)
-    trained, sampled = (getattr(one, "alphas_cumprod", None) for one in (own, scheduler))
-    # Some classes put 2⁻²⁴ where others have ᾱ = 0.
-    if trained is not None and sampled is not None and not torch.allclose(trained, sampled, rtol=1e-4, atol=1e-6):
+        usable = [other for other, cls in known.items() if _usable(cls, own)]
+        raise UserError(
+            f"scheduler = {name!r} does not fit model {model!r}{did_you_mean(str(name), usable)}; leave it out for the "
+            f"model's own {type(own).__name__}"
+        )
+    if lacking := missing_packages(chosen):
+        raise UserError(f"scheduler = {name!r} needs {lacking}, which is not installed; install it, or name another")
+    try:
+        scheduler = _built(chosen, own)
+    except (ImportError, TypeError, ValueError, NotImplementedError) as error:
+        told = first_line(error)
+        raise UserError(f"scheduler = {name!r} cannot take the settings of model {model!r}: {told}") from error
+    if not _same_noise(own, scheduler):
         raise UserError(
             f"scheduler = {name!r} cannot keep the noise schedule of model {model!r}; leave it out, or name another"
         )
     return scheduler
+
+
+def missing_packages(cls: Any) -> str:
+    """What a class of diffusers or transformers needs and is not installed: they have stand-ins for such classes."""
+    needed = getattr(cls, "_backends", ()) if "DummyObject" in (kind.__name__ for kind in type(cls).__mro__) else ()
+    return " and ".join(name for name in needed if importlib.util.find_spec(name) is None)
+
+
+def _of_a_kind(cls: Any, own: Any) -> bool:
+    """Whether a class has a noise schedule from betas where `own` has: diffusers' compatibles have others too."""
+    return "beta_start" not in own.config or "beta_start" in inspect.signature(cls).parameters
+
+
+def _usable(cls: Any, own: Any) -> bool:
+    """Whether `new_scheduler` would take the class."""
+    try:
+        with warnings.catch_warnings():  # of classes that nobody asked for
+            warnings.simplefilter("ignore")
+            return not missing_packages(cls) and _same_noise(own, _built(cls, own))
+    except (ImportError, TypeError, ValueError, NotImplementedError):
+        return False
+
+
+def _built(cls: Any, own: Any) -> Any:
+    config = dict(own.config)
+    if "clip_sample" in inspect.signature(cls).parameters:
+        config.setdefault("clip_sample", False)  # the class's default clips to [−1, 1], which is for pixels
+    return cls.from_config(config)
+
+
+def _same_noise(own: Any, scheduler: Any) -> bool:
+    """Whether two schedulers have one ᾱ, where they have it at all."""
+    trained, sampled = (getattr(one, "alphas_cumprod", None) for one in (own, scheduler))
+    # Some classes put 2⁻²⁴ where others have ᾱ = 0.
+    return trained is None or sampled is None or torch.allclose(trained, sampled, rtol=1e-4, atol=1e-6)
 
 
 def layers_in(denoiser: nn.Module, scope: str, scopes: Mapping[str, re.Pattern[str]]) -> dict[str, nn.Module]:
