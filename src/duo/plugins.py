@@ -157,6 +157,10 @@ class Family(Protocol):
     denoiser: nn.Module
     process: Process
 
+    def check(self, sampling: Sampling, *, size: tuple[int, int] | None = None) -> None:
+        """Raise `UserError` where images cannot be sampled so, or where the denoiser cannot take images of `size`
+        (width, height). Nothing is drawn."""
+
     def text(self, prompts: Sequence[str], *, tokens: Mapping[str, Tensor] | None = None) -> Conditioning:
         """Encode prompts. Differentiable in `tokens` (placeholder word → embedding (vectors, width))."""
 
@@ -224,7 +228,12 @@ class Family(Protocol):
 
 @runtime_checkable
 class Method(Protocol):
-    """A frozen keyword-only dataclass: its fields are its configuration, its flags and its manifest."""
+    """A frozen keyword-only dataclass: its fields are its configuration, its flags and its manifest.
+
+    It may also have `check(model, *, pairs: int | None, precision: Precision)`, which raises `UserError` for settings
+    that do not fit the model, the number of pairs (None: not known) or this machine. It is called as soon as the model
+    is loaded, before pairs are made and before anything is written.
+    """
 
     def erase(self, model: Family, concept: Any, *, pairs: Pairs, run: Run) -> Delta: ...
 

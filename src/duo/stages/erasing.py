@@ -25,12 +25,14 @@ def erase(session: Session) -> Delta:
             "pairs": pairs["digest"],
         }
         path = stage.folder / "delta.safetensors"
-        if stage.begin(config):
+        if not stage.finished:  # what is wrong is told before the stage is begun, which fixes the method's settings
             made = Pairs.read(session.dir.stage("pairs").folder)
             if made.digest() != pairs["digest"]:
                 raise UserError(
                     f"{session.dir.stage('pairs').folder}: images were changed; put them back, or make anew"
                 )
+            session.check_model(pairs=len(made), size=made.unsafe[0].size)
+        if stage.begin(config):
             delta = session.method.erase(
                 session.model,
                 session.concept,
