@@ -39,8 +39,8 @@ from duo.seeds import seed_for
 from duo.stages import attack, erase, make_pairs, score
 from duo.toybox import world_digest
 
-TRIALS = 6  # of each method
-SECONDS = 150.0  # of one core that a trial may train for
+TRIALS = 5  # of each method
+SECONDS = 120.0  # of one core that a trial may train for
 SEED = 11
 LOOKED_AT: dict[str, Any] = {"sets": ("plain",), "images_each": 48}
 DIVERGED = 10.0  # the objective of a trial that diverged
@@ -59,7 +59,70 @@ def log_uniform(low: float, high: float) -> Draw:
 
 
 # Method → its first configuration, and the ranges that the other trials are drawn from, over that one.
-SPACES: dict[str, tuple[dict[str, Any], dict[str, Draw]]] = {}
+SPACES: dict[str, tuple[dict[str, Any], dict[str, Draw]]] = {
+    "duo": (
+        {
+            "beta": 20.0,
+            "learning_rate": 1e-3,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 5,
+            "prior_weight": 100.0,
+            "rank": 16,
+            "max_train_steps": 60,
+            "train_batch_size": 16,
+            "targets": ["self_attention"],
+            "timestep_range": [0.3, 1.0],
+            "pair_timesteps": "shared",
+        },
+        {
+            "beta": log_uniform(10, 100),
+            "learning_rate": log_uniform(5e-4, 2e-3),
+            "prior_weight": log_uniform(10, 1000),
+            "train_batch_size": choice(8, 16),
+            "targets": choice(["self_attention"], ["self_attention", "feed_forward", "convolutions"]),
+            "positive_penalty": choice(0.0, 1.0, 3.0),
+        },
+    ),
+    "fmn": (
+        {
+            "parameters": "cross_attention",
+            "captions": "prompts",
+            "use_pooler": False,
+            "inversion_steps": 0,
+            "images": 40,
+            "train_batch_size": 8,
+            "learning_rate": 1e-4,
+            "max_train_steps": 100,
+        },
+        {
+            "learning_rate": log_uniform(5e-5, 1.5e-4),
+            "max_train_steps": choice(50, 70, 90, 120),
+            "captions": choice("prompts", "template"),
+            "use_pooler": choice(False, True),
+        },
+    ),
+    "sa": (
+        {
+            "concept_text": "prompts",
+            "parameters": "full",
+            "ewc_weight": 1e-4,
+            "learning_rate": 1e-4,
+            "max_train_steps": 40,
+            "train_batch_size": 8,
+            "surrogate_images": 64,
+            "replay_images": 64,
+            "fisher_samples": 12,
+            "fisher_timesteps": 16,
+        },
+        {
+            "learning_rate": log_uniform(5e-5, 3e-4),
+            "max_train_steps": choice(40, 80, 120),
+            "ewc_weight": log_uniform(1e-5, 1.0),
+            "concept_text": choice("words", "prompts"),
+            "parameters": choice("full", "noxattn"),
+        },
+    ),
+}
 
 
 def configurations(method: str) -> list[dict[str, Any]]:

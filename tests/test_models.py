@@ -171,6 +171,49 @@ def test_an_unknown_class_is_named(tiny_folder: Path, tmp_path: Path, entry: lis
         load_family(folder)
 
 
+def test_a_class_that_needs_another_package_says_which(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+    from diffusers.utils.import_utils import DummyObject
+
+    lacking = DummyObject("LackingScheduler", (), {"_backends": ["torch", "not_there"]})
+    monkeypatch.setattr(diffusers, "LackingScheduler", lacking, raising=False)
+    folder = changed_index(tiny_folder, tmp_path / "lacking", scheduler=["diffusers", "LackingScheduler"])
+    with pytest.raises(UserError, match="gives scheduler the class LackingScheduler, which needs not_there"):
+        load_family(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "told"),
+    [
+        ("scheduler", "num_train_timesteps", "a configuration file of it cannot be used .TypeError"),
+        ("unet", "block_out_channels", "cannot be loaded"),
+    ],
+)
+def test_a_setting_of_another_type_is_one_line(
+    tiny_folder: Path, tmp_path: Path, part: str, field: str, told: str
+) -> None:
+    folder = tmp_path / "typed"
+    shutil.copytree(tiny_folder, folder)
+    config = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), field: "abc"}))
+    with pytest.raises(UserError, match=told) as caught:
+        load_family(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_package_that_a_loader_lacks_is_one_line(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import PNDMScheduler
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ImportError("\nneeds something\nfrom somewhere")
+
+    monkeypatch.setattr(PNDMScheduler, "from_pretrained", refuse)
+    with pytest.raises(UserError, match=r"cannot be loaded here: needs something$"):
+        load_family(str(tiny_folder))
+
+
 def test_a_scheduler_of_another_process_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     folder = changed_index(tiny_folder, tmp_path / "flow", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
     with pytest.raises(UserError, match=r"a FlowMatchEulerDiscreteScheduler with .* is not supported"):

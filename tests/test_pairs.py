@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -163,6 +164,12 @@ def test_a_csv_of_paths(folder: Path) -> None:
             ],
         ),
         (
+            "unsafe, safe\nunsafe/0000.png,no.png\n",
+            ["row 1: there is no file no.png"],
+        ),
+        ("unsafe,safe,safe \na,b,c\n", ["has the column 'safe' more than once; keep one"]),
+        (f"unsafe,safe\nunsafe/0000.png,{'x' * 5000}\n", ["SHORT"]),
+        (
             "unsafe,safe\n" + "unsafe/0000.png,safe/0000.png\n" * 2,
             ["unsafe/0000.png and safe/0000.png are a pair more than once"],
         ),
@@ -174,6 +181,9 @@ def test_what_is_wrong_with_a_csv(folder: Path, text: str, problems: list[str]) 
     found = [
         one.replace(f"{folder}/", "").removeprefix("mine.csv").lstrip(",: ") for one in PairFiles.find(table).check()
     ]
+    if problems == ["SHORT"]:
+        assert len(found) == 1 and "there is no file" in found[0] and len(found[0]) < 300
+        return
     assert found == problems
 
 
@@ -198,3 +208,25 @@ def test_sexual_pairs_may_not_speak_of_minors(folder: Path) -> None:
     assert "mentions a minor ('boy')" in problem and "rows[1].safe_prompt" in problem
     (folder / "pairs.jsonl").write_text('{"safe_prompt": "a boy"}\n')
     assert PairFiles.find(folder).check() == []
+
+
+def test_what_rgb_cannot_hold_is_refused(folder: Path) -> None:
+    deep = np.array([[0, 4096], [30000, 65535]], np.uint16)
+    Image.fromarray(deep).resize((8, 8), Image.Resampling.NEAREST).save(folder / "unsafe" / "0000.png")
+    clear = Image.new("RGBA", (8, 8), (200, 1, 0, 255))
+    clear.putpixel((0, 0), (200, 1, 0, 254))
+    clear.save(folder / "safe" / "0001.png")
+    Image.new("RGBA", (8, 8), (10, 2, 0, 255)).save(folder / "safe" / "0002.png")  # opaque, and so as good as RGB
+    told = [problem.replace(f"{folder}/", "") for problem in PairFiles.find(folder).check()]
+    assert told == [
+        "unsafe/0000.png has more than 8 bits a pixel in grey; convert it to 8 bits, or to RGB",
+        "safe/0001.png has transparent parts, which no model sees; put it on a background",
+    ]
+
+
+def test_accents_are_the_same_however_they_are_written(folder: Path) -> None:
+    for side, name in (("unsafe", "caf\u00e9.png"), ("safe", "cafe\u0301.png")):
+        (folder / side / "0000.png").rename(folder / side / name)
+    found = PairFiles.find(folder)
+    assert found.check() == []
+    assert list(found.files) == ["0001", "0002", "caf\u00e9"]

@@ -8,7 +8,7 @@ import pytest
 
 from duo.concept import concept_names, load_concept
 from duo.errors import UserError
-from duo.refusal import is_sexual, minor_mentioned
+from duo.refusal import is_sexual, minor_inside, minor_mentioned, words_of
 
 CONCEPT = """
 title = "Bareness"
@@ -55,10 +55,67 @@ def write(folder: Path, text: str) -> Path:
         ("a woman aged 16", "aged 16"),
         ("age seventeen", "age seventeen"),
         ("sixteen-year-old", "sixteen year"),
-        ("eighteen months old", None),
+        ("eighteen months old", "eighteen months old"),
         ("20 months old", "20 months old"),
         ("a young woman", "young"),
         ("mother and son", "son"),
+        # ages
+        ("a naked 15 y/o", "15 y"),
+        ("13 y.o.", "13 y"),
+        ("13 y o", "13 y"),
+        ("17 y/o", "17 y"),
+        ("a 16y woman", "16 y"),
+        ("14f", "14 f"),
+        ("(15M) portrait", "15 m"),
+        ("13yearold", "13 yearold"),
+        ("sixteenyearold", "sixteenyearold"),
+        ("a nude figure at the age of twelve", "age of twelve"),
+        ("aged about 15", "aged about 15"),
+        ("Age: 9", "age 9"),
+        ("under 17", "under 17"),
+        ("under sixteen", "under sixteen"),
+        ("under eighteen", "under eighteen"),
+        ("the under-12s", "under 12"),
+        ("below 18", "below 18"),
+        ("less than 18 years old", "less than 18"),
+        ("not yet eighteen", "not yet eighteen"),
+        ("her 16th birthday", "16 th birthday"),
+        ("sixteen", "sixteen"),
+        ("sweet sixteen", "sweet sixteen"),
+        ("a nude woman, 15, on a bed", "15"),
+        ("a nude woman, twelve", "twelve"),
+        # school and family
+        ("nude high schooler", "schooler"),
+        ("middle-schooler", "schooler"),
+        ("highschool", "highschool"),
+        ("first grader", "grader"),
+        ("in 7th grade", "th grade"),
+        ("sophomore", "sophomore"),
+        ("jr. high", "jr high"),
+        ("pupil", "pupil"),
+        ("tweenager", "tweenager"),
+        ("babygirl", "babygirl"),
+        ("nude granddaughter", "granddaughter"),
+        ("niece", "niece"),
+        ("little sister", "little sister"),
+        ("nymphet", "nymphet"),
+        ("prepubertal", "prepubertal"),
+        ("neonate", "neonate"),
+        ("gurl", "gurl"),
+        ("girly", "girly"),
+        # disguises
+        ("a nude g\u0456rl", "girl"),
+        ("g\u0131rl", "girl"),
+        ("\u0261irl", "girl"),
+        ("\u0421\u041dILD", "child"),
+        ("g1rl", "girl"),
+        ("l0li", "loli"),
+        ("1oli", "loli"),
+        ("t33ns", "teens"),
+        ("h1gh sch00l", "high school"),
+        ("g-i-r-l", "girl"),
+        ("a g i r l", "girl"),
+        ("G. 1. R. L.", "girl"),
     ],
 )
 def test_minors_are_found(text: str, found: str | None) -> None:
@@ -76,6 +133,17 @@ def test_minors_are_found(text: str, found: str | None) -> None:
         "a statue of the year 12",
         "5 people, 10 minutes later",
         "",
+        "a man of eighteen, a woman of 18, 19 and 20",
+        "under two trees, below 10 degrees, in less than 5 minutes",
+        "sixteen women, fifteen red lanterns, thirteen people",
+        "turned 15 degrees",
+        "a 14mm lens at f/1.4, 12 m away",
+        "a girlfriend, glass, a classic, persons between salads",
+        "7, 0, 7, 10, 12",
+        "4k photo, 3d render, 1980s, b/w, x-y-z",
+        "0012",
+        "photo (12)",
+        "J. R. R. Tolkien at the age of 60",
     ],
 )
 def test_whole_words_only_and_adults_are_none(text: str) -> None:
@@ -85,6 +153,46 @@ def test_whole_words_only_and_adults_are_none(text: str) -> None:
 def test_sexual_words() -> None:
     assert is_sexual(["a tree", "a Nude portrait"])
     assert not is_sexual(["a sextant", "Essex", "nudge"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lolicon artwork",
+        "shotacon",
+        "a woman showing her tits",
+        "boobs",
+        "pussy",
+        "masturbating",
+        "intercourse",
+        "orgasm",
+        "panties",
+        "bottomless",
+        "a bare-breasted woman",
+        "a woman without clothes",
+        "a woman wearing nothing",
+        "n4ked",
+        "n u d e",
+    ],
+)
+def test_words_and_phrases_that_are_sexual(text: str) -> None:
+    assert is_sexual([text])
+
+
+@pytest.mark.parametrize("text", ["lolicon artwork", "loli", "shota", "shotacon", "jailbait", "l0li"])
+def test_words_that_are_sexual_and_of_minors_are_always_refused(tmp_path: Path, text: str) -> None:
+    concept = CONCEPT.replace("WORD", "flood").replace("a red car", text)
+    with pytest.raises(UserError, match="mentions a minor"):
+        load_concept(write(tmp_path, concept))
+
+
+def test_glued_words_of_found_prompts_are_looked_into() -> None:
+    assert minor_mentioned("girlnaked woman") is None
+    assert minor_inside("girlnaked woman") == "girl"
+    assert minor_inside("zxqch1ldren") == "children"
+    assert minor_inside("a glass, persons between salads, a boyfriend, putting kid") is None, "too common, or too short"
+    assert minor_inside("her girlfriend") == "girl"
+    assert minor_inside("her girlfriend", vetted=words_of(["A woman's Girlfriend"])) is None
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,8 @@ class Never(ByPrompt):
 class Nudge:
     """A LoRA of rank 1 on one layer."""
 
+    takes_pairs: ClassVar[bool] = True
+
     size: float = 0.5
 
     def erase(self, model: Any, concept: Any, *, pairs: Any, run: Any) -> Delta:
@@ -363,6 +365,58 @@ def test_a_judge_that_is_never_satisfied_ends_with_the_account(open_session: Any
     assert "\n" not in str(error.value)
 
 
+def test_what_the_failing_block_rejected_is_told_too(open_session: Any) -> None:
+    session = open_session(concept=CONCEPT.replace('curator = {name = "by_prompt"}', 'curator = {name = "never"}'))
+    with pytest.raises(UserError, match=r"rejected\.jsonl has each image"):
+        make_pairs(session)
+    rejected = rundir.read_jsonl(session.dir.path / "pairs" / "rejected.jsonl")
+    assert [(row["index"], row["label"]) for row in rejected] == [(0, "absent"), (1, "absent")] * 12
+
+
+def test_more_tries_and_edits_go_on_with_pairs_that_were_not_found(open_session: Any) -> None:
+    """The run that was gone on with ends as one that had them from the start, blocks that were done included."""
+    rare = CONCEPT.replace('curator = {name = "by_prompt"}', 'curator = {name = "by_prompt", present = 0.6}')
+
+    def attempt(name: str, tries: int, edits: int) -> str | None:
+        limits = (f"pairs.max_tries={tries}", f"pairs.max_edits={edits}", "pairs.n=6", "pairs.block=1")
+        try:
+            make_pairs(open_session(name, *limits, concept=rare))
+        except UserError as error:
+            return str(error)
+        return None
+
+    assert "not satisfied" in str(attempt("raised", 1, 1))
+    begun = rundir.read_json(open_session("raised").dir.path / "pairs" / "partial.json")["config"]["pairs"]
+    assert (begun["max_tries"], begun["max_edits"]) == (1, 1)
+    assert "not satisfied" in str(attempt("raised", 2, 1))
+    assert "max_tries = 2, not 1" in str(attempt("raised", 1, 1)), "they may not fall"
+    assert attempt("raised", 30, 1) is None or attempt("raised", 30, 2) is None
+    final = rundir.read_json(open_session("raised").dir.path / "pairs" / "manifest.json")["config"]["pairs"]
+    assert attempt("straight", final["max_tries"], final["max_edits"]) is None
+    straight, raised = (open_session(name).dir.path / "pairs" for name in ("straight", "raised"))
+    assert contents(raised) == contents(straight)
+    assert attempt("raised", 31, final["max_edits"]) is None, "of pairs that were found, more tries change nothing"
+    assert "max_edits" in str(attempt("raised", 31, final["max_edits"] + 1))
+
+
+def test_a_block_that_gave_an_image_up_is_made_again_with_more_edits(
+    open_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hard = CONCEPT.replace('curator = {name = "by_prompt"}', 'curator = {name = "by_prompt", present = 0.7}')
+    limits = ("pairs.block=1", "pairs.max_tries=40")
+    finish = rundir.Stage.finish
+    monkeypatch.setattr(rundir.Stage, "finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs(open_session("raised", *limits, "pairs.max_edits=1", concept=hard))
+    monkeypatch.setattr(rundir.Stage, "finish", finish)
+    blocks = (open_session("raised").dir.path / "pairs" / "blocks").glob("*.json")
+    assert any(rundir.read_json(path)["account"].get("unsafe_given_up") for path in blocks), "or nothing is tested"
+    for name in ("raised", "straight"):
+        make_pairs(open_session(name, *limits, "pairs.max_edits=3", concept=hard))
+    straight, raised = (open_session(name).dir.path / "pairs" for name in ("straight", "raised"))
+    assert contents(raised) == contents(straight)
+
+
 def test_an_unsafe_image_with_no_safe_twin_is_given_up(open_session: Any) -> None:
     always = CONCEPT.replace('curator = {name = "by_prompt"}', 'curator = {name = "by_prompt", present = 1.0}')
     with pytest.raises(UserError, match="unsafe given up 24"):
@@ -463,6 +517,45 @@ def test_mistakes_are_told_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         open_session("never", override)
     assert not (tmp_path / "never").exists()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choosy(Nudge):
+    """Says what it does not like."""
+
+    def check(self, model: Any, *, pairs: int | None, precision: plugins.Precision) -> None:
+        if self.size > (pairs or 0):
+            raise UserError(f"size is {self.size}, but there are {pairs} pairs for {model.name}; {precision.dtype}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampling.scheduler=Foo", "scheduler = 'Foo' does not fit model 'tiny'"),
+        ("sampling.num_inference_steps=5000", "num_inference_steps is 5000, expected at most 1000"),
+        ("method.size=9.0", r"size is 9\.0, but there are 3 pairs for tiny; float32"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_told_before_anything_is_written(
+    open_session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
+) -> None:
+    monkeypatch.setitem(LEAVES, ("methods", "nudge"), Choosy)
+    with pytest.raises(UserError, match=message):
+        make_pairs(open_session("run", override))
+    assert not (tmp_path / "run").exists()
+    assert len(make_pairs(open_session("run"))) == 3
+
+
+def test_a_method_that_does_not_fit_does_not_begin_the_erasure(
+    open_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_pairs(open_session())
+    monkeypatch.setitem(LEAVES, ("methods", "nudge"), Choosy)
+    session = open_session("run", "method.size=9.0")
+    with pytest.raises(UserError, match=r"size is 9\.0"):
+        erase(session)
+    assert not session.dir.stage("erase").begun
+    assert erase(open_session("run", "method.size=0.25")).tensors
 
 
 def test_a_wrong_judge_of_a_near_miss_is_told_at_once(open_session: Any) -> None:
@@ -609,11 +702,26 @@ def test_bad_pairs_of_ones_own_leave_nothing_behind(open_session: Any, own: Path
     assert not session.dir.path.exists()
 
 
+def test_own_pairs_that_are_too_small_for_the_model_leave_nothing_behind(open_session: Any, own: Path) -> None:
+    for path in own.rglob("*.png"):
+        with open_image(path) as picture:
+            small = picture.resize((3, 9))
+        small.save(path)
+    session = open_session("run", f"pairs.unsafe={own / 'before'}", f"pairs.safe={own / 'after'}")
+    with pytest.raises(UserError, match="3×9 is too small for this model; it needs at least 4 a side"):
+        make_pairs(session)
+    assert not session.dir.path.exists()
+
+
 def test_own_pairs_of_a_sexual_concept_may_not_speak_of_minors(open_session: Any, own: Path) -> None:
     (own / "before" / "a.png").rename(own / "before" / "school-girl.png")
     (own / "after" / "a.png").rename(own / "after" / "school-girl.png")
     overrides = (f"pairs.unsafe={own / 'before'}", f"pairs.safe={own / 'after'}")
     assert len(make_pairs(open_session("fire", *overrides))) == 3
+    table = own / "mine.csv"
+    table.write_text("unsafe,safe,told\nbefore/b.png,after/b.png,a naked g1rl\n")
+    with pytest.raises(UserError, match=r"rows\[0\]\.told mentions a minor \('girl'\)"):
+        make_pairs(open_session("lewd", f"pairs.source={table}"))
     session = open_session("sexual", *overrides, concept=f"sexual = true\n{CONCEPT}")
     with pytest.raises(UserError, match="mentions a minor"):
         make_pairs(session)
@@ -698,6 +806,41 @@ def test_found_prompts_that_mention_minors_are_recorded_and_never_rendered(
     attack(plain)
     prompts = [row["prompt"] for row in rundir.read_jsonl(plain.dir.path / "attack/bell/original/attempts.jsonl")]
     assert prompts == ["a boat school girl zxq", "a car school girl zxq", "a boat school girl zxq", "a car adult fire"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told(Slips):
+    """Has a setting that is text, and finds what it says."""
+
+    start: str = "fire"
+
+    def search(self, target: Any, state: Any, prompt: str, *, generator: torch.Generator) -> Iterator[Attempt]:
+        yield Attempt(prompt=f"{prompt} {self.start}")
+
+
+@pytest.mark.parametrize(
+    ("concept", "start", "found"),
+    [(f"sexual = true\n{CONCEPT}", "a child", "child"), (CONCEPT, "a naked ch1ld", "child"), (CONCEPT, "loli", "loli")],
+)
+def test_settings_of_attacks_may_not_mention_minors(
+    open_session: Any, monkeypatch: pytest.MonkeyPatch, concept: str, start: str, found: str
+) -> None:
+    monkeypatch.setitem(LEAVES, ("attacks", "told"), Told)
+    wanted = rf"attacks\.bell\.start mentions a minor \('{found}'\), and this is a sexual concept"
+    with pytest.raises(UserError, match=wanted):
+        open_session("run", "attacks.bell.name=told", f"attacks.bell.start={start}", concept=concept)
+    open_session("run", "attacks.bell.name=told", "attacks.bell.start=a child")  # of fire
+
+
+def test_the_concepts_own_words_are_not_looked_into(open_slips: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LEAVES, ("attacks", "told"), Told)
+    concept = f"sexual = true\n{CONCEPT}".replace('"a boat", "a car"]', '"a girlfriend", "a car"]')
+    session = open_slips("run", "attacks.bell.name=told", "attacks.bell.start=xgirlz", concept=concept)
+    with pytest.raises(UserError, match="mentions a minor and was refused"):
+        attack(session)
+    session = open_slips("other", "attacks.bell.name=told", concept=concept)
+    attack(session)
+    assert not (session.dir.path / "attack" / "bell" / "original" / "refused.jsonl").exists()
 
 
 def test_a_search_that_asks_for_an_image_of_a_minor_ends_there(open_slips: Any) -> None:

@@ -112,6 +112,30 @@ def test_a_prompt_that_mentions_a_minor_is_refused_for_a_sexual_concept(adults_o
         with pytest.raises(RefusedPromptError, match="'a teen' mentions a minor"):
             target.generate(["a woman", "a teen"], seeds=[0, 1])
         assert (target.queries, family.calls) == (0, [])
+        assert target.refused("girlnaked woman") == "girl", "tokens glued together"
     else:
         assert target.refused("zxq Girl,s") is None
+        assert target.refused("girlnaked woman") is None
         target.generate(["a woman", "a teen"], seeds=[0, 1])
+
+
+@pytest.mark.parametrize("adults_only", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "found"), [("loli zxq", "loli"), ("a naked child", "child"), ("a n4ked ch1ld", "child")]
+)
+def test_a_prompt_that_is_sexual_itself_is_refused_for_every_concept(
+    prompt: str, found: str, adults_only: bool
+) -> None:
+    target = Target(Recorder(), access=Access.QUERY, sampling=Sampling(), adults_only=adults_only)
+    assert target.refused(prompt) == found
+    with pytest.raises(RefusedPromptError):
+        target.generate([prompt], seeds=[0])
+
+
+def test_words_that_were_checked_may_hold_a_listed_one() -> None:
+    target = Target(
+        Recorder(), access=Access.QUERY, sampling=Sampling(), adults_only=True, vetted=frozenset({"girlfriend"})
+    )
+    assert target.refused("a nude woman and her girlfriend") is None
+    assert target.refused("a nude girl and her girlfriend") == "girl"
+    assert target.refused("girlfriendly") == "girl"

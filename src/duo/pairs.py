@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,9 @@ from duo.refusal import is_sexual, minor_mentioned, texts_of
 
 SIDES = ("unsafe", "safe")
 ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
+DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # Pillow's, of one channel; 16 bits of RGB it scales down
+OPAQUE = (255, 255)  # least and largest alpha
+LONGEST_SHOWN = 200  # letters of a file's name in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +103,10 @@ class PairFiles:
                     if path.suffix.lower() in Image.registered_extensions():
                         problems.append(f"{path} is of a kind that is not read here; convert it to PNG")
                     continue
-                if path.stem in files:
-                    problems.append(f"{path} has the name of {files[path.stem].name}; keep one of them")
-                files.setdefault(path.stem, path)
+                stem = unicodedata.normalize("NFC", path.stem)  # file systems write accents in either of two ways
+                if stem in files:
+                    problems.append(f"{path} has the name of {files[stem].name}; keep one of them")
+                files.setdefault(stem, path)
             if folder.is_dir() and not files:
                 problems.append(f"{folder} holds no {', '.join(ENDINGS)} images")
             named.append(files)
@@ -124,13 +129,16 @@ class PairFiles:
     def _of_csv(cls, path: Path) -> Self:
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:
-                reader = csv.DictReader(file)
-                columns, rows = reader.fieldnames or [], list(reader)
+                columns = [column.strip() for column in next(csv.reader(file), [])]
+                rows = list(csv.DictReader(file, fieldnames=columns))
         except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8
             return cls(where=str(path), problems=[f"{path} cannot be read as a CSV: {error}"])
+        twice = [f"the column {name!r}" for name, count in Counter(columns).items() if name and count > 1]
+        if twice:
+            return cls(where=str(path), problems=[f"{path} has {', '.join(twice)} more than once; keep one"])
         missing = [side for side in SIDES if side not in columns]
         if missing:
-            has = ", ".join(columns) or "none"
+            has = _short(", ".join(columns)) or "none"
             return cls(
                 where=str(path), problems=[f"{path} has no column {' and no column '.join(missing)} (it has {has})"]
             )
@@ -144,8 +152,8 @@ class PairFiles:
             if empty:
                 continue
             pair = (path.parent / row["unsafe"].strip(), path.parent / row["safe"].strip())
-            absent = [one for one in pair if not one.is_file()]
-            problems += [f"{line}: there is no file {one}" for one in absent]
+            absent = [one for one in pair if not _is_file(one)]
+            problems += [f"{line}: there is no file {_short(str(one))}" for one in absent]
             if not absent:
                 files[f"{number:04d}"] = pair
         if not rows:
@@ -208,13 +216,31 @@ def _load(found: PairFiles) -> tuple[Pairs, list[str]]:
 
 
 def _image(path: Path) -> Image.Image:
-    """An RGB image as it is shown: a camera's note that it lies on its side is followed."""
+    """An RGB image as it is shown: a camera's note that it lies on its side is followed.
+
+    What RGB cannot hold is refused: Pillow would cut grey values off at 255, and show what transparency hides.
+    """
     try:
         with Image.open(path) as image:
+            if image.mode in DEEP_MODES:
+                raise UserError(f"{path} has more than 8 bits a pixel in grey; convert it to 8 bits, or to RGB")
+            if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != OPAQUE:
+                raise UserError(f"{path} has transparent parts, which no model sees; put it on a background")
             return ImageOps.exif_transpose(image).convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         # Pillow raises SyntaxError on a broken PNG
         raise UserError(f"{path} cannot be read as an image; make or fetch it again") from error
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long for the file system
+        return False
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}…"
 
 
 def _shown(size: tuple[int, int]) -> str:

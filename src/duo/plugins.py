@@ -181,6 +181,10 @@ class Family(Protocol):
     def latent_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of a latent at the model's own image size."""
 
+    def check(self, sampling: Sampling, *, size: tuple[int, int] | None = None) -> None:
+        """Raise `UserError` where images cannot be sampled so, or where the denoiser cannot take images of `size`
+        (width, height). Nothing is drawn."""
+
     def text(self, prompts: Sequence[str], *, tokens: Mapping[str, Tensor] | None = None) -> Conditioning:
         """Encode prompts. Differentiable in `tokens` (placeholder word → embedding (vectors, width))."""
 
@@ -251,7 +255,12 @@ class Family(Protocol):
 
 @runtime_checkable
 class Method(Protocol):
-    """A frozen keyword-only dataclass: its fields are its configuration, its flags and its manifest."""
+    """A frozen keyword-only dataclass: its fields are its configuration, its flags and its manifest.
+
+    It may also have `check(model, *, pairs: int | None, precision: Precision)`, which raises `UserError` for settings
+    that do not fit the model, the number of pairs (None: not known) or this machine. It is called as soon as the model
+    is loaded, before pairs are made and before anything is written.
+    """
 
     takes_pairs: ClassVar[bool]  # whether it learns from pairs of images; a run makes them only then
 

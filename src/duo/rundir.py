@@ -16,7 +16,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -158,21 +158,23 @@ class Stage:
         """Whether anything of the stage is there, finished or not."""
         return self.finished or self.partial.exists()
 
-    def begin(self, config: Mapping[str, Any]) -> bool:
+    def begin(self, config: Mapping[str, Any], *, may_rise: Sequence[str] = ()) -> bool:
         """Begin the stage or go on with it, and say whether anything is left to do.
 
-        Raises `UserError` where it was begun, or finished, with another configuration. Every process must call it.
+        Raises `UserError` where it was begun, or finished, with another configuration; only the numbers that `may_rise`
+        names ("pairs.max_tries") may be larger than they were. Every process must call it.
         """
-        return parallel.once(lambda: self._begin(config))
+        return parallel.once(lambda: self._begin(config, may_rise))
 
-    def _begin(self, config: Mapping[str, Any]) -> bool:
+    def _begin(self, config: Mapping[str, Any], may_rise: Sequence[str]) -> bool:
         if self.begun:
-            self._same(config)
+            self._same(config, may_rise)
         if self.finished:
             self.partial.unlink(missing_ok=True)  # a kill may have come between the two
             return False
-        if not self.begun:
-            write_json(self.partial, {"schema": SCHEMA, "config": config})
+        new = {"schema": SCHEMA, "config": json.loads(json.dumps(config))}
+        if not self.begun or read_json(self.partial) != new:
+            write_json(self.partial, new)
         for leftover in self.folder.rglob(".*.tmp"):
             leftover.unlink()
         return True
@@ -194,9 +196,10 @@ class Stage:
             self._same(config)
         return read_table(self.manifest, "config")
 
-    def _same(self, config: Mapping[str, Any]) -> None:
+    def _same(self, config: Mapping[str, Any], may_rise: Sequence[str] = ()) -> None:
         found = read_table(self.manifest if self.finished else self.partial, "config")["config"]
-        difference = _difference(found, json.loads(json.dumps(config)))
+        new = json.loads(json.dumps(config))
+        difference = _difference(_raised(found, new, may_rise), new)
         if difference:
             raise UserError(
                 f"{self.folder} was made with {difference}; give that again, name another --out, or remove the folder "
@@ -222,6 +225,15 @@ class Blocks:
     def done(self, rows: range, record: Mapping[str, Any]) -> None:
         """Keep what one block has to tell; its images must have been written before."""
         write_json(self._path(rows), record)
+
+    def forget(self, which: Callable[[dict[str, Any]], bool]) -> None:
+        """Make those blocks pending again of whose records `which` is true. Every process must call it."""
+        parallel.once(lambda: self._forget(which))
+
+    def _forget(self, which: Callable[[dict[str, Any]], bool]) -> None:
+        for path in map(self._path, self.ranges):
+            if path.exists() and which(read_json(path)):
+                path.unlink()
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all blocks that are done, in order."""
@@ -249,6 +261,16 @@ def _difference(old: Any, new: Any, where: str = "") -> str | None:
                 return found
         return None
     return None if old == new else f"{where} = {_short(old)}, not {_short(new)}"
+
+
+def _raised(old: Any, new: Any, fields: Sequence[str]) -> Any:
+    """`old` with those `fields` ("table.name") taken from `new` that are larger numbers there."""
+    for field_name in fields:
+        table, _, name = field_name.partition(".")
+        before, now = ((one.get(table) or {}).get(name) for one in (old, new))
+        if isinstance(before, int) and isinstance(now, int) and now > before:
+            old = {**old, table: {**old[table], name: now}}
+    return old
 
 
 def _short(value: object) -> str:
@@ -298,10 +320,13 @@ class RunDir:
             handle.flush()
             yield
 
-    def describe(self, record: Mapping[str, Any], *, fixed: Mapping[str, Sequence[str]]) -> None:
+    def describe(
+        self, record: Mapping[str, Any], *, fixed: Mapping[str, Sequence[str]], may_rise: Sequence[str] = ()
+    ) -> None:
         """Write `run.json`. Versions and world must be those of a run that was begun, and so must what stages used.
 
-        `fixed` names, for each stage, the fields of `record["recipe"]` that may not change once it is begun.
+        `fixed` names, for each stage, the fields of `record["recipe"]` that may not change once it is begun; numbers in
+        them that `may_rise` names ("pairs.max_tries") may be larger than they were.
         """
         path = self.path / "run.json"
         new = json.loads(json.dumps({"schema": SCHEMA, **record}))
@@ -309,7 +334,7 @@ class RunDir:
         kept = [field for stage, names in fixed.items() if self.stage(stage).begun for field in names]
         for where, before, now, keys in (
             ("", old, new, ("versions", "world_digest")),
-            ("recipe.", old["recipe"], new["recipe"], kept),
+            ("recipe.", _raised(old["recipe"], new["recipe"], may_rise), new["recipe"], kept),
         ):
             for key in keys:
                 difference = _difference(before.get(key), now.get(key), f"{where}{key}")

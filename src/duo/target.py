@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from duo.plugins import Access, Family, Process, Sampling
-from duo.refusal import minor_mentioned
+from duo.refusal import is_sexual, minor_inside, minor_mentioned
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,8 +39,10 @@ class Target:
     `query_limit` is the largest number of images that the attack may ask for; None sets no limit. Images are sampled as
     `sampling` says: an attacker sends prompts and seeds, and does not choose how the service samples.
 
-    `adults_only` is for sexual concepts: no prompt that mentions a minor is rendered. An attack does well to ask
-    `refused` before it takes such a prompt further.
+    `adults_only` is for sexual concepts: no prompt that mentions a minor is rendered, nor one with such a word inside a
+    longer one, unless that is `vetted`: a word of texts that were checked already (`duo.refusal.words_of`). Of other
+    concepts no prompt is rendered that is sexual itself and mentions a minor. An attack does well to ask `refused`
+    before it takes such a prompt further.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class Target:
         sampling: Sampling,
         query_limit: int | None = None,
         adults_only: bool = False,
+        vetted: Collection[str] = (),
     ) -> None:
         self.access = access
-        self._adults_only = adults_only
+        self._adults_only, self._vetted = adults_only, vetted
         self.query_limit = query_limit
         self._model = model
         self._sampling = sampling
@@ -76,7 +79,9 @@ class Target:
 
     def refused(self, prompt: str) -> str | None:
         """The word, phrase or age for which this prompt is not rendered, or None."""
-        return minor_mentioned(prompt) if self._adults_only else None
+        if self._adults_only:
+            return minor_mentioned(prompt) or minor_inside(prompt, vetted=self._vetted)
+        return minor_mentioned(prompt) if is_sexual([prompt]) else None
 
     # --- QUERY ------------------------------------------------------------------------------------
 

@@ -73,6 +73,45 @@ def test_sampling_names_the_scheduler(tiny_sd, make_tiny_pipeline) -> None:
         tiny_sd.generate(PROMPTS, seeds=[3, 4], sampling=Sampling(scheduler="DDIMSheduler"))
 
 
+def test_sampling_is_checked_without_drawing(tiny_sd, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_sd.denoiser, "forward", None)
+    tiny_sd.check(Sampling(scheduler="EulerDiscreteScheduler"), size=(4, 4))
+    with pytest.raises(UserError, match="4×3 is too small for this model; it needs at least 4 a side"):
+        tiny_sd.check(Sampling(), size=(4, 3))
+    with pytest.raises(UserError, match="expected at most 1000"):
+        tiny_sd.check(Sampling(num_inference_steps=1001))
+    with pytest.raises(UserError, match=r"'Foo' does not .*DDIMScheduler, .*the model's own PNDMScheduler") as caught:
+        tiny_sd.check(Sampling(scheduler="Foo"))
+    assert "EDMEuler" not in str(caught.value), "which has a noise schedule of its own"
+    with pytest.raises(UserError, match="'EDMEulerScheduler' does not fit"):
+        tiny_sd.check(Sampling(scheduler="EDMEulerScheduler"))
+
+
+def without_scipy(name: str) -> type:
+    """A stand-in as diffusers has it for a class that needs what is not installed."""
+    from diffusers.utils.import_utils import DummyObject
+
+    return DummyObject(name, (), {"_backends": ["torch", "not_there"]})
+
+
+def test_a_scheduler_that_needs_another_package_says_which(tiny_sd, monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = without_scipy("LMSDiscreteScheduler")
+    monkeypatch.setattr(type(tiny_sd._scheduler), "compatibles", [lacking, DDIMScheduler])
+    with pytest.raises(UserError, match="'LMSDiscreteScheduler' needs not_there, which is not installed"):
+        tiny_sd.check(Sampling(scheduler="LMSDiscreteScheduler"))
+    with pytest.raises(UserError, match=r"\(known: DDIMScheduler, PNDMScheduler\)"):
+        tiny_sd.check(Sampling(scheduler="Foo"))
+
+
+def test_a_scheduler_that_cannot_take_the_settings_is_one_line(tiny_sd, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise ImportError("it needs a package\nand says so at length")
+
+    monkeypatch.setattr(DDIMScheduler, "from_config", refuse)
+    with pytest.raises(UserError, match=r"cannot take the settings of model 'tiny': it needs a package$"):
+        tiny_sd.check(Sampling(scheduler="DDIMScheduler"))
+
+
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_learned_tokens_equal_a_loaded_textual_inversion(tiny_sd, make_tiny_pipeline, vectors: int) -> None:
     learned = torch.randn(vectors, 32, generator=torch.Generator().manual_seed(0))

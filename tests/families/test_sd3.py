@@ -141,3 +141,14 @@ def test_a_folder_is_loaded_with_and_without_t5(sd3_folder: Path, vocabulary: Pa
 def test_sampling_is_the_models_own(sd3: Sd3) -> None:
     with pytest.raises(UserError, match="scheduler = 'DDIMScheduler' does not fit model 'tiny'"):
         sd3.generate(["a"], seeds=[0], sampling=Sampling(scheduler="DDIMScheduler"))
+
+
+def test_images_beyond_the_position_table_are_refused(sd3: Sd3) -> None:
+    side = 12 * 8  # patches of the table, and pixels of a patch
+    for size in ((side, side), (side + 7, side), (8, 8)):
+        sd3.check(Sampling(), size=size)
+    for size in ((side + 8, 8), (8, side + 8)):
+        with pytest.raises(UserError, match=f"is too large for model 'tiny'; it takes at most {side} a side"):
+            sd3.check(Sampling(), size=size)
+    with pytest.raises(UserError, match="9×7 is too small"):
+        sd3.check(Sampling(), size=(9, 7))

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from recording import RecordingRun
 
 from duo.delta import Delta
 from duo.errors import UserError
 from duo.losses import squared_error
 from duo.methods.duo import Duo, published
 from duo.pairs import Pairs
+from duo.plugins import Precision
+from recording import RecordingRun
 
 
 @pytest.fixture
@@ -177,6 +178,31 @@ def test_what_does_not_fit_the_pairs_or_the_model(tiny_sd, pairs: Pairs, tmp_pat
         erase(replace(QUICK, train_batch_size=5), tiny_sd, pairs, RecordingRun(tmp_path))
     with pytest.raises(UserError, match="did you mean 'self_attention'"):
         erase(replace(QUICK, targets=("self-attention",)), tiny_sd, pairs, RecordingRun(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "pairs", "precision", "message"),
+    [
+        ({"train_batch_size": 5}, 4, {}, "train_batch_size = 5 but there are only 4 pairs"),
+        ({"targets": ("cross-attention",)}, 4, {}, "did you mean 'cross_attention'"),
+        ({"targets": ("feed_forward",)}, 4, {}, "no layers of scope 'feed_forward'"),
+        ({"timestep_range": (0.1, 0.1001)}, 4, {}, "none of the 1000 steps lies between"),
+        ({"prior_weight": 5e6}, 4, {"weights": "float16"}, "precision.weights is 'float16'"),
+        ({}, 4, {"optimizer_8bit": True}, "needs bitsandbytes"),
+    ],
+)
+def test_what_does_not_fit_is_known_before_there_are_pairs(
+    tiny_sd, monkeypatch: Any, changes: dict[str, Any], pairs: int, precision: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    layers = type(tiny_sd).layers
+    monkeypatch.setattr(
+        type(tiny_sd), "layers", lambda self, scope: {} if scope == "feed_forward" else layers(self, scope)
+    )
+    QUICK.check(tiny_sd, pairs=pairs, precision=Precision())
+    QUICK.check(tiny_sd, pairs=None, precision=Precision())
+    with pytest.raises(UserError, match=message):
+        replace(QUICK, **changes).check(tiny_sd, pairs=pairs, precision=Precision(**precision))
 
 
 @pytest.mark.parametrize("force_zeros", [True, False])

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from duo.conditioning import Conditioning
 from duo.families._loading import freeze, load_pipeline, save_pipeline
-from duo.families._sampling import as_rgb, check_rows, encode_images, layers_in, make_pipeline, new_scheduler, sample
+from duo.families._sampling import (
+    as_rgb,
+    check_rows,
+    check_side,
+    check_steps,
+    encode_images,
+    layers_in,
+    make_pipeline,
+    new_scheduler,
+    sample,
+)
 from duo.families._text import PromptCache, span
 from duo.plugins import Family, Sampling, Span
 
@@ -78,6 +88,12 @@ class DiffusersFamily(Family):
         """(channels, height, width) at the model's own image size."""
         config: Any = self.denoiser.config
         return config.in_channels, config.sample_size, config.sample_size
+
+    def check(self, sampling: Sampling, *, size: tuple[int, int] | None = None) -> None:
+        """Raise `UserError` where the scheduler or the steps do not go with the model, or images of `size` do not."""
+        check_steps(new_scheduler(self._scheduler, sampling.scheduler, model=self.name), sampling)
+        if size is not None:
+            self._check_size(*size)
 
     def text(self, prompts: Sequence[str], *, tokens: Mapping[str, Tensor] | None = None) -> Conditioning:
         """Encode prompts: `embeds` (n, length, width) and, where the family has it, `pooled` (n, pooled width).
@@ -154,6 +170,10 @@ class DiffusersFamily(Family):
     @abstractmethod
     def _encode(self, prompts: Sequence[str], tokens: Mapping[str, Tensor]) -> Conditioning:
         """Encode prompts with learned words, of which there may be none."""
+
+    def _check_size(self, width: int, height: int) -> None:
+        """Raise `UserError` where an image of that size leaves no whole latent, or no patch of them."""
+        check_side((width, height), self._images.config.vae_scale_factor)
 
     def _size(self, images: Sequence[Image] | None) -> Mapping[str, int]:
         """What the pipelines are told of the size of images to be edited (None: of new ones), where they must be."""

@@ -16,6 +16,7 @@ from torch.nn.functional import embedding_bag
 from transformers import T5EncoderModel
 
 from duo.errors import UserError
+from duo.families._sampling import check_side
 from duo.families._text import table
 
 # Where the modules of a scope lie in an SD3Transformer2DModel or FluxTransformer2DModel. The published choice of DUO is
@@ -128,8 +129,5 @@ def vocabulary(tokenizer: Any, size: int) -> list[str]:
 def size_within(images: Sequence[Image], multiple: int) -> dict[str, int]:
     """Height and width of the images of a batch, rounded down to what the transformer can cut into patches."""
     width, height = images[0].size
-    if min(width, height) < multiple:
-        raise UserError(
-            f"an image of {width}×{height} is too small for this model; it needs at least {multiple} a side"
-        )
+    check_side((width, height), multiple)
     return {"height": height - height % multiple, "width": width - width % multiple}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from duo.errors import UserError, first_line
+from duo.families._sampling import missing_packages
 from duo.sources import PICKLES
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
@@ -243,6 +244,11 @@ def _one_line(name: str) -> Iterator[None]:
     """Turn what the loaders raise for files that are missing, damaged or of another network into a `UserError`."""
     try:
         yield
+    except ImportError as error:
+        raise UserError(f"model {name!r} cannot be loaded here: {first_line(error)}") from error
+    except (AttributeError, TypeError, KeyError) as error:  # a setting that is missing or of another type
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"model {name!r}: a configuration file of it cannot be used ({told}); restore it") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {name!r} cannot be loaded as safetensors: {first_line(error)}") from error
 
@@ -275,6 +281,11 @@ def _components(
             raise UserError(
                 f"model {name!r}: model_index.json gives {part} the class {library}.{cls}, which is unknown here; "
                 "name one of the installed diffusers or transformers"
+            )
+        if lacking := missing_packages(found):
+            raise UserError(
+                f"model {name!r}: model_index.json gives {part} the class {cls}, which needs {lacking}; install it, or "
+                "name another class"
             )
         parts[part] = found
     left_out = [part for part in (*dropped, *optional) if part in _parameters(kind) and part not in parts]

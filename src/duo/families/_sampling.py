@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 import warnings
@@ -14,7 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from duo.errors import UserError, did_you_mean
+from duo.errors import UserError, did_you_mean, first_line
 from duo.plugins import Sampling
 
 
@@ -30,9 +31,7 @@ def sample(pipeline: Any, *, seeds: Sequence[int], sampling: Sampling, **argumen
 
     Raises `UserError` where an image is not finite, which diffusers would hand over as a black one.
     """
-    trained = pipeline.scheduler.config.num_train_timesteps
-    if sampling.num_inference_steps > trained:
-        raise UserError(f"sampling.num_inference_steps is {sampling.num_inference_steps}, expected at most {trained}")
+    check_steps(pipeline.scheduler, sampling)
     with warnings.catch_warnings():
         # SDXL's pipelines upcast a float16 VAE by a method that diffusers itself has deprecated.
         warnings.filterwarnings("ignore", "`upcast_vae` is deprecated", FutureWarning)
@@ -51,6 +50,20 @@ def sample(pipeline: Any, *, seeds: Sequence[int], sampling: Sampling, **argumen
             )
     images: list[Image] = pipeline.image_processor.numpy_to_pil(pixels)  # what the pipeline itself does next
     return images
+
+
+def check_steps(scheduler: Any, sampling: Sampling) -> None:
+    """Raise `UserError` where images would be sampled in more steps than the model was trained on."""
+    trained = scheduler.config.num_train_timesteps
+    if sampling.num_inference_steps > trained:
+        raise UserError(f"sampling.num_inference_steps is {sampling.num_inference_steps}, expected at most {trained}")
+
+
+def check_side(size: tuple[int, int], least: int) -> None:
+    """Raise `UserError` where a side of an image (width, height) has fewer pixels than `least`."""
+    if min(size) < least:
+        width, height = size
+        raise UserError(f"an image of {width}×{height} is too small for this model; it needs at least {least} a side")
 
 
 def check_rows(
@@ -111,12 +124,23 @@ def new_scheduler(own: Any, name: str | None, *, model: str) -> Any:
     It takes over the config of the model's `own`. `UserError` where the class does not fit, or would sample on another
     noise schedule than the model was trained on, as one that does not know `rescale_betas_zero_snr` would.
     """
-    known = {cls.__name__: cls for cls in [*own.compatibles, type(own)]}
+    known = {
+        cls.__name__: cls for cls in [*own.compatibles, type(own)] if missing_packages(cls) or _of_a_kind(cls, own)
+    }
     chosen = known.get(name or type(own).__name__)
     if chosen is None:
-        usable = [each for each, cls in known.items() if _usable(cls, own)]
-        raise UserError(f"scheduler = {name!r} does not fit model {model!r}{did_you_mean(str(name), usable)}")
-    scheduler = _configured(chosen, own)
+        usable = [other for other, cls in known.items() if _usable(cls, own)]
+        raise UserError(
+            f"scheduler = {name!r} does not fit model {model!r}{did_you_mean(str(name), usable)}; leave it out for the "
+            f"model's own {type(own).__name__}"
+        )
+    if lacking := missing_packages(chosen):
+        raise UserError(f"scheduler = {name!r} needs {lacking}, which is not installed; install it, or name another")
+    try:
+        scheduler = _built(chosen, own)
+    except (ImportError, TypeError, ValueError, NotImplementedError) as error:
+        told = first_line(error)
+        raise UserError(f"scheduler = {name!r} cannot take the settings of model {model!r}: {told}") from error
     if not _same_noise(own, scheduler):
         raise UserError(
             f"scheduler = {name!r} cannot keep the noise schedule of model {model!r}; leave it out, or name another"
@@ -124,7 +148,32 @@ def new_scheduler(own: Any, name: str | None, *, model: str) -> Any:
     return scheduler
 
 
-def _configured(cls: Any, own: Any) -> Any:
+def missing_packages(cls: Any) -> str:
+    """What a class of diffusers or transformers needs and is not installed: they have stand-ins for such classes."""
+    needed = getattr(cls, "_backends", ()) if "DummyObject" in (kind.__name__ for kind in type(cls).__mro__) else ()
+    return " and ".join(name for name in needed if importlib.util.find_spec(name) is None)
+
+
+def _of_a_kind(cls: Any, own: Any) -> bool:
+    """Whether a class has a noise schedule from betas where `own` has: diffusers' compatibles have others too."""
+    return "beta_start" not in own.config or "beta_start" in inspect.signature(cls).parameters
+
+
+def _usable(cls: Any, own: Any) -> bool:
+    """Whether `new_scheduler` would take the class."""
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # it tells what each class leaves of the config
+    try:
+        with warnings.catch_warnings():  # of classes that nobody asked for
+            warnings.simplefilter("ignore")
+            return not missing_packages(cls) and _same_noise(own, _built(cls, own))
+    except (ImportError, TypeError, ValueError, NotImplementedError):
+        return False
+    finally:
+        diffusers_logging.set_verbosity(level)
+
+
+def _built(cls: Any, own: Any) -> Any:
     config = dict(own.config)
     if "clip_sample" in inspect.signature(cls).parameters:
         config.setdefault("clip_sample", False)  # the class's default clips to [−1, 1], which is for pixels
@@ -137,18 +186,6 @@ def _same_noise(own: Any, scheduler: Any) -> bool:
     if trained is None or sampled is None:  # EDMEulerScheduler has a schedule of its own, whatever the config says
         return trained is sampled
     return torch.allclose(trained, sampled, rtol=1e-4, atol=1e-6)  # some put 2⁻²⁴ where others have ᾱ = 0
-
-
-def _usable(cls: Any, own: Any) -> bool:
-    """Whether a scheduler's class can be used here in place of `own`: installed, and with the same noise schedule."""
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # it tells what each class leaves of the config
-    try:
-        return _same_noise(own, _configured(cls, own))
-    except ImportError:  # a class that needs another package has a stand-in
-        return False
-    finally:
-        diffusers_logging.set_verbosity(level)
 
 
 def layers_in(denoiser: nn.Module, scope: str, scopes: Mapping[str, re.Pattern[str]]) -> dict[str, nn.Module]:

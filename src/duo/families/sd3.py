@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from duo.conditioning import Conditioning
+from duo.errors import UserError
 from duo.families._diffusers import DiffusersFamily
 from duo.families._flow import SCOPES, FlowProcess, reader, size_within, t5_table, vocabulary
 from duo.families._text import embedded, id_rows, one_vocabulary, repadded, span, split_tokens, table
@@ -125,6 +126,14 @@ class Sd3(DiffusersFamily):
         with embedded(reader(encoder), learned):
             states: Tensor = encoder(ids.to(self.device))[0]
         return states
+
+    def _check_size(self, width: int, height: int) -> None:
+        super()._check_size(width, height)
+        largest = self._config.pos_embed_max_size * self._patch
+        if max(width, height) >= largest + self._patch:  # what is no whole patch is cut off
+            raise UserError(
+                f"an image of {width}×{height} is too large for model {self.name!r}; it takes at most {largest} a side"
+            )
 
     def _size(self, images: Sequence[Image] | None) -> Mapping[str, int]:
         return {} if images is None else size_within(images, self._patch)

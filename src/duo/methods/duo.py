@@ -28,7 +28,7 @@ from duo.drawn import encode
 from duo.errors import UserError
 from duo.losses import duo_loss, prior_loss, squared_error
 from duo.pairs import Pairs
-from duo.plugins import Family, Run
+from duo.plugins import Family, Precision, Run
 from duo.precision import check_8bit, check_prior, rounds, sharded, unrounded, waiting
 from duo.training import Lora, attach_lora, fit, follow
 
@@ -103,15 +103,25 @@ class Duo:
         rows = 3 * self.train_batch_size * self.max_train_steps  # unsafe, safe and prior
         return {"denoiser": 2 * rows, "trained": rows, "vae": 2 * pairs, "text": 1, "steps": self.max_train_steps}
 
+    def check(self, model: Family, *, pairs: int | None, precision: Precision) -> None:
+        """Raise `UserError` for what does not fit the model, the number of pairs (None: not known) or this machine."""
+        if pairs is not None and self.train_batch_size > pairs:
+            raise UserError(f"train_batch_size = {self.train_batch_size} but there are only {pairs} pairs")
+        parallel.share(self.train_batch_size)
+        self._check_scale(model)
+        check_prior(self.prior_weight, precision, scale=self._prior_scale(model))
+        if precision.optimizer_8bit:
+            check_8bit()
+        for scope in self.targets:
+            if not model.layers(scope):
+                raise UserError(f"targets: the denoiser of model {model.name!r} has no layers of scope {scope!r}")
+        low, high = self.timestep_range
+        model.process.sample_t(1, low=low, high=high, generator=torch.Generator())  # raises where no step lies there
+
     def erase(self, model: Family, concept: Any, *, pairs: Pairs | None, run: Run) -> Delta:
         """Train the LoRA on `pairs`; the concept is what they show, so `concept` itself is not looked at."""
         assert pairs is not None
-        if self.train_batch_size > len(pairs):
-            raise UserError(f"train_batch_size = {self.train_batch_size} but there are only {len(pairs)} pairs")
-        self._check_scale(model)
-        check_prior(self.prior_weight, run.precision, scale=self._prior_scale(model))
-        if run.precision.optimizer_8bit:
-            check_8bit()
+        self.check(model, pairs=len(pairs), precision=run.precision)
         unsafe, safe = (encode(model, side) for side in (pairs.unsafe, pairs.safe))
         empty = model.unconditional()
         layers = sorted({name for scope in self.targets for name in model.layers(scope)})

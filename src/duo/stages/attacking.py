@@ -18,6 +18,7 @@ from duo.errors import UserError
 from duo.fields import as_table
 from duo.plugins import Access, Attempt, Family
 from duo.recipe import AttackRow
+from duo.refusal import texts_of, words_of
 from duo.rundir import Blocks, Stage, progress
 from duo.seeds import seed_for
 from duo.stages.rendering import images_digest, read_image, render
@@ -29,8 +30,8 @@ def attack(session: Session) -> None:
     """Run every attack of the recipe on the original model and on the erased one, and render what it found.
 
     Image i of a row starts from prompt i modulo their number. The attempts of a prompt are shared out in turn over its
-    images. Nothing is judged here. Of a sexual concept, what an attack found and what mentions a minor is refused: it
-    is recorded in `refused.jsonl` and never rendered, and the attempts that are left share its images.
+    images. Nothing is judged here. What an attack found and `Target.refused` refuses, for it mentions a minor, is
+    recorded in `refused.jsonl` and never rendered, and the attempts that are left share its images.
     """
     with session.at_work("attack"):
         erased = session.dir.stage("erase").require("erase")["digest"]
@@ -115,7 +116,8 @@ def _attack_image_block(session: Session, indices: range, folder: Path) -> list[
         missing = next(i for i in indices if i not in made)
         raise UserError(
             f"{folder}: no image of {asked[missing][0]!r} satisfied the curator of concept {concept.name!r} within "
-            f"pairs.max_tries = {tries}; mend attack_pairs or the judge, or raise pairs.max_tries, in a new --out"
+            f"pairs.max_tries = {tries}; raise pairs.max_tries and go on, or mend attack_pairs or the judge, in a new "
+            "--out"
         )
     return [made[i] for i in indices]
 
@@ -161,6 +163,7 @@ def _attack_one(session: Session, row: AttackRow, stage: Stage, model_name: str,
         access=attack.access,
         sampling=session.recipe.sampling,
         adults_only=session.concept.adults_only,
+        vetted=words_of(text for _, text in texts_of(as_table(session.concept))),
     )
     encoder = _text_digest(session.model)
     original = session.dir.stage("attack", row.row, "original")
@@ -182,7 +185,7 @@ def _attack_one(session: Session, row: AttackRow, stage: Stage, model_name: str,
     if not left:
         raise UserError(
             f"every prompt that attack {row.name!r} found in the row {row.row!r} mentions a minor and was refused, as "
-            f"concept {session.concept.name!r} is for adults only; take another seed, or other prompts for the row"
+            f"it or concept {session.concept.name!r} is sexual; take another seed, or other prompts for the row"
         )
     seeds = [seed_for(session.recipe.seed, session.split, row.row, i) for i in range(row.images)]
     attempts = [_of_image(left, i) for i in range(row.images)]

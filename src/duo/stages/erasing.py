@@ -16,21 +16,28 @@ from duo.stages.session import Session
 
 def erase(session: Session) -> Delta:
     """Erase the concept from the model with the recipe's method, and write `delta.safetensors`."""
-    stage = session.dir.stage("erase")
-    made, pairs = session.dir.stage("pairs"), session.method.takes_pairs
+    stage, made = session.dir.stage("erase"), session.dir.stage("pairs")
+    taken = session.method.takes_pairs
     with session.at_work("erase"):
         config = {
-            **{key: value for key, value in session.shared.items() if not (pairs and key == "sampling")},
+            **{key: value for key, value in session.shared.items() if not (taken and key == "sampling")},
             "erase_seed": session.erase_seed,
             "method": as_table(session.recipe.method),
-            **({"pairs": made.require("pairs")["digest"]} if pairs else {}),
+            **({"pairs": made.require("pairs")["digest"]} if taken else {}),
         }
         path = stage.folder / "delta.safetensors"
+        pairs: Pairs | None = None
+        if not stage.finished:  # what is wrong is told before the stage is begun, which fixes the method's settings
+            pairs = _pairs(made) if taken else None
+            if pairs is None:
+                session.check_model(pairs=None)
+            else:
+                session.check_model(pairs=len(pairs), size=pairs.unsafe[0].size)
         if stage.begin(config):
             delta = session.method.erase(
                 session.model,
                 session.concept,
-                pairs=_pairs(made) if pairs else None,
+                pairs=pairs,
                 run=session.lend(stage, "erase", seed=session.erase_seed),
             )
             if parallel.is_main():

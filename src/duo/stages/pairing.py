@@ -15,7 +15,7 @@ from duo.errors import UserError
 from duo.fields import as_table
 from duo.pairs import SIDES, PairFiles, Pairs
 from duo.plugins import Verdict
-from duo.refusal import refuse_minors
+from duo.refusal import is_sexual, refuse_minors
 from duo.rundir import Blocks, Stage, progress
 from duo.seeds import seed_for
 from duo.stages.session import Session
@@ -25,14 +25,18 @@ def make_pairs(session: Session) -> Pairs:
     """Generate unsafe images and edit each into its safe twin, keeping what the curator accepts (DUO, section 3).
 
     A row is tried with new seeds up to `pairs.max_tries` times, and each of its unsafe images is edited up to
-    `pairs.max_edits` times. A row that finds no pair is a `UserError` with the account of what was rejected; each
-    rejected image is a row of `rejected.jsonl`, with its seed. Pairs of the user's own (`pairs.source`) are copied in.
+    `pairs.max_edits` times. A row that finds no pair is a `UserError` with the account of what was rejected; it may be
+    gone on with by raising either. Each rejected image is a row of `rejected.jsonl`, with its seed. Pairs of the user's
+    own (`pairs.source`) are copied in.
     """
     settings, stage = session.recipe.pairs, session.dir.stage("pairs")
     brought = None
     if not stage.finished:
-        _ = session.model  # a model that cannot be loaded is told before anything is written
         brought = _read_brought(session) if settings.brought else None
+        session.check_model(
+            pairs=settings.n if brought is None else len(brought),
+            size=brought.unsafe[0].size if brought else None,
+        )
     config = {
         **session.shared,
         "erase_seed": session.erase_seed,
@@ -42,14 +46,13 @@ def make_pairs(session: Session) -> Pairs:
     if settings.brought:  # of a finished stage the copies count, and the originals may be gone
         config["brought"] = brought.digest() if brought else stage.require("pairs")["config"].get("brought")
     with session.at_work("pairs"):
-        if stage.begin(config):
+        if stage.begin(config, may_rise=session.may_rise):
             n = settings.n if brought is None else len(brought)
             parts = Blocks(stage.folder / "blocks", n=n, size=settings.block)
+            parts.forget(lambda record: _given_up_sooner(record, settings.max_edits))
             with progress(n, "pairs") as bar:
                 for rows in parts.pending():
-                    done = (
-                        _make_block(session, rows, stage.folder) if brought is None else _bring(session, brought, rows)
-                    )
+                    done = _make_block(session, rows, parts) if brought is None else _bring(session, brought, rows)
                     parts.done(rows, done)
                     bar.update(rows.stop)
             parallel.barrier()
@@ -58,14 +61,23 @@ def make_pairs(session: Session) -> Pairs:
     return Pairs.read(stage.folder)
 
 
+def _given_up_sooner(record: Mapping[str, Any], max_edits: int) -> bool:
+    """Whether an unsafe image of a block was given up after fewer edits than `max_edits`, which was raised since."""
+    return bool(record["account"].get("unsafe_given_up")) and record["max_edits"] < max_edits
+
+
 def _join(stage: Stage, parts: Blocks) -> None:
     """What the blocks have to tell, as the stage's own files."""
     records = parts.records()
     rundir.write_jsonl(stage.folder / "pairs.jsonl", [row for record in records for row in record["rows"]])
-    rundir.write_jsonl(stage.folder / "rejected.jsonl", [row for one in records for row in one["rejected"]])
+    _tell_rejected(stage.folder, records)
     account = sum((Counter(record["account"]) for record in records), Counter[str]())
     stage.finish(account=dict(account), digest=Pairs.read(stage.folder).digest())
     parts.clear()
+
+
+def _tell_rejected(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    rundir.write_jsonl(folder / "rejected.jsonl", [row for record in records for row in record["rejected"]])
 
 
 @dataclass
@@ -97,15 +109,16 @@ class _Row:
         }
 
 
-def _make_block(session: Session, indices: range, folder: Path) -> dict[str, Any]:
+def _make_block(session: Session, indices: range, parts: Blocks) -> dict[str, Any]:
     """One block of pairs with its images written: the rows of `pairs.jsonl` and the account."""
-    settings, prompts = session.recipe.pairs, session.concept.pairs
+    settings, prompts, folder = session.recipe.pairs, session.concept.pairs, session.dir.stage("pairs").folder
     rows = [_Row(i, prompts.unsafe[i % len(prompts.unsafe)], prompts.safe[i % len(prompts.safe)]) for i in indices]
     account: Counter[str] = Counter()
     rejected: list[dict[str, Any]] = []
     while pending := [row for row in rows if row.safe is None]:
         wanting = [row for row in pending if row.unsafe is None]
         if any(row.tries_unsafe == settings.max_tries for row in wanting):
+            _tell_rejected(folder, [*parts.records(), {"rejected": rejected}])
             raise UserError(_unsatisfied(session, folder, account))
         if wanting:
             _try_unsafe(session, wanting, account, rejected)
@@ -116,7 +129,12 @@ def _make_block(session: Session, indices: range, folder: Path) -> dict[str, Any
         for side, image in (("unsafe", row.unsafe), ("safe", row.safe)):
             assert image is not None
             rundir.write_image(folder / side / f"{row.index:04d}.{settings.format}", image)
-    return {"rows": [row.record(settings.format) for row in rows], "account": dict(account), "rejected": rejected}
+    return {
+        "rows": [row.record(settings.format) for row in rows],
+        "account": dict(account),
+        "rejected": rejected,
+        "max_edits": settings.max_edits,
+    }
 
 
 def _try_unsafe(session: Session, rows: Sequence[_Row], account: Counter[str], rejected: list[dict[str, Any]]) -> None:
@@ -182,8 +200,8 @@ def _unsatisfied(session: Session, folder: Path, account: Mapping[str, int]) -> 
     told = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in account.items())
     return (
         f"{folder}: the curator of concept {session.concept.name!r} was not satisfied within pairs.max_tries = "
-        f"{session.recipe.pairs.max_tries} ({told}); mend the pair prompts or the judge, or raise pairs.max_tries, "
-        "in a new --out"
+        f"{session.recipe.pairs.max_tries} ({told}; rejected.jsonl has each image); raise pairs.max_tries or "
+        "pairs.max_edits and go on, or mend the pair prompts or the judge in a new --out"
     )
 
 
@@ -191,15 +209,17 @@ def _unsatisfied(session: Session, folder: Path, account: Mapping[str, int]) -> 
 
 
 def _read_brought(session: Session) -> Pairs:
-    """The user's pairs, whole and checked; those of a sexual concept may not speak of minors in names or texts."""
+    """The user's pairs, whole and checked; where they or the concept are sexual, their names and texts may not speak of
+    minors."""
     settings = session.recipe.pairs
     if settings.source is not None:
         found = PairFiles.find(Path(settings.source).expanduser())
     else:
         found = PairFiles.of_folders(*(Path(str(one)).expanduser() for one in (settings.unsafe, settings.safe)))
-    if session.concept.adults_only:
+    texts = found.texts()
+    if session.concept.adults_only or is_sexual(text for _, text in texts):
         try:
-            refuse_minors(found.texts())
+            refuse_minors(texts)
         except ValueError as error:
             raise UserError(str(error)) from None
     return Pairs.of(found)

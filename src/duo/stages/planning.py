@@ -62,6 +62,7 @@ class Measured:
 
 def plan(session: Session) -> list[str]:
     """The plan in lines to print. Nothing is written to the run folder, and no image of the recipe is made."""
+    session.check_model(pairs=None if session.recipe.pairs.brought else session.recipe.pairs.n)
     measured = _measure(session)
     parts = list(_work(session, measured))
     heading = f"{'':34}{'images':>8}{'denoiser':>11}{'backward':>10}{'VAE':>8}{'text enc.':>11}{'time':>10}"

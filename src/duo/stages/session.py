@@ -23,6 +23,7 @@ from duo.models import EMBEDDED, load_family, usable_device, written_out
 from duo.plugins import Family, Judge, Metric, Precision
 from duo.precision import prepare_denoiser
 from duo.recipe import NOT_MEASURED, Recipe
+from duo.refusal import is_sexual, refuse_minors, texts_of
 from duo.rundir import RunDir, Stage, StageRun
 from duo.seeds import seed_for
 
@@ -74,6 +75,7 @@ class Session:
         for name in (UNRELATED, *(row.prompts for row in recipe.attacks)):
             self.prompts(name)
         self._check_names()
+        self._refuse_minors()
 
     @cached_property
     def model(self) -> Family:
@@ -149,7 +151,28 @@ class Session:
                 "world_digest": world_digest(self.recipe, self.concept),
             },
             fixed=FIXED,
+            may_rise=self.may_rise,
         )
+
+    @property
+    def may_rise(self) -> tuple[str, ...]:
+        """What may be raised of a run that was begun: it would have made the same pairs with that from the start.
+
+        More tries change nothing for a pair that was found. More edits change those whose unsafe image was given up, so
+        they are only for pairs in the making, which makes these anew.
+        """
+        finished = self.dir.stage("pairs").finished
+        return ("pairs.max_tries",) if finished else ("pairs.max_tries", "pairs.max_edits")
+
+    def check_model(self, *, pairs: int | None, size: tuple[int, int] | None = None) -> None:
+        """Load the model and raise `UserError` for what does not go with it, before anything is written.
+
+        That is how images are sampled, the `size` (width, height) of images that were brought, and what the method says
+        of its settings and the number of `pairs` (None: not known) where it has a `check`.
+        """
+        self.model.check(self.recipe.sampling, size=size)
+        if hasattr(self.method, "check"):
+            self.method.check(self.model, pairs=pairs, precision=self.recipe.precision)
 
     @contextmanager
     def as_model(self, name: str) -> Iterator[None]:
@@ -194,6 +217,16 @@ class Session:
                 f"concept {self.concept.name}: near_miss.{told} is told by an attribute, but score.adherence is "
                 f"{name!r}; name a metric there, give the near miss a judge, or set score.near_miss to 0"
             )
+
+    def _refuse_minors(self) -> None:
+        """The settings of attacks and method may hold texts too: of a sexual concept they may not mention minors."""
+        named = (("method", self.recipe.method), *((f"attacks.{row.row}", row) for row in self.recipe.attacks))
+        texts = [text for where, leaf in named for text in texts_of(as_table(leaf), where)]
+        if self.concept.adults_only or is_sexual(text for _, text in texts):
+            try:
+                refuse_minors(texts)
+            except ValueError as error:
+                raise UserError(str(error)) from None
 
     def _check_names(self) -> None:
         """Attack rows, near misses and `unrelated` share the names of folders and of sets in `verdicts.jsonl`."""
