@@ -122,6 +122,38 @@ SPACES: dict[str, tuple[dict[str, Any], dict[str, Draw]]] = {
             "parameters": choice("full", "noxattn"),
         },
     ),
+    "spm": (
+        {
+            "prompts": "prompts",
+            "neutral": "anchor",
+            "anchoring": "harmless",
+            "anchor_weight": 10.0,
+            "grid_steps": 8,
+            "train_batch_size": 2,
+            "learning_rate": 2e-3,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": 5,
+            "max_train_steps": 120,
+        },
+        {
+            "learning_rate": log_uniform(1e-3, 5e-3),
+            "anchor_weight": log_uniform(1, 100),
+            "eta": choice(0.0, 0.5, 1.0),
+            "train_batch_size": choice(2, 4),
+            "anchoring": choice("random", "harmless"),
+        },
+    ),
+    "uce": (
+        {"preserve_harmless": True},
+        {
+            "regularization": log_uniform(0.03, 2),
+            "preserve_scale": log_uniform(0.03, 1),
+            "erase_scale": log_uniform(1, 5),
+            "tokens": choice("last", "from_last"),
+            "preserve_tokens": choice("from_last", "all"),
+            "preserve_harmless": choice(False, True),
+        },
+    ),
 }
 
 
