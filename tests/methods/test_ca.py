@@ -21,7 +21,7 @@ from duo.recipe import load_recipe
 from duo.stages.planning import Measured, _work
 
 QUICK = Ca(
-    parameters="cross-attention",
+    parameters="cross_attention",
     prompts="prompts",
     learning_rate=1e-3,
     images=4,
@@ -145,7 +145,7 @@ def test_every_family(name: str, concept: SmallFire, tmp_path: Path, request: py
     assert {row["step"] for row in run.rows} == {1, 2}
 
 
-@pytest.mark.parametrize("parameters", ["cross-attention", "attention", "full"])
+@pytest.mark.parametrize("parameters", ["cross_attention", "attention", "full"])
 @pytest.mark.parametrize("name", ["tiny_sd", "flux"])
 def test_which_weights_change(
     name: str, parameters: Any, concept: SmallFire, tmp_path: Path, request: pytest.FixtureRequest

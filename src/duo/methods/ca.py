@@ -47,7 +47,7 @@ from duo.plugins import Family, Run
 from duo.precision import check_8bit, waiting
 from duo.training import Tuned, fit, follow, tune_weights
 
-SCOPES = {"cross-attention": "text_inputs", "attention": "attention", "full": "all"}  # group → layer scope
+SCOPES = {"cross_attention": "text_inputs", "attention": "attention", "full": "all"}  # group → layer scope
 PLACES = ("{word}, {caption}", "in {word} style, {caption}", "{caption}, {word}")  # as published for nudity
 CHOICES = {
     "objective": ("model", "noise"),
@@ -62,7 +62,7 @@ CHOICES = {
 class Ca:
     """Concept Ablation with the values that the authors' page gives for nudity on Stable Diffusion 1.4.
 
-    `parameters` is what is trained: "cross-attention" the projections of the text to keys and values (on SD3 and FLUX
+    `parameters` is what is trained: "cross_attention" the projections of the text to keys and values (on SD3 and FLUX
     where the text enters), "attention" all of cross- and self-attention's, or "full" for all linear layers and
     convolutions.
 
@@ -77,7 +77,7 @@ class Ca:
 
     objective: Literal["model", "noise"] = "model"
     teacher: Literal["current", "frozen"] = "current"
-    parameters: Literal["cross-attention", "attention", "full"] = "attention"
+    parameters: Literal["cross_attention", "attention", "full"] = "attention"
     prompts: Literal["words", "prompts"] = "words"
     prior_weight: float = 1.0
     hold_start: bool = True
