@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from recording import RecordingRun
-from small_fire import FAMILIES, SmallFire, changed, family
 from torch import nn
 
 from duo.conditioning import Conditioning
@@ -19,6 +17,8 @@ from duo.methods import ca
 from duo.methods.ca import Ca, ablation_loss
 from duo.recipe import load_recipe
 from duo.stages.planning import Measured, _work
+from recording import RecordingRun
+from small_fire import FAMILIES, SmallFire, changed, family
 
 QUICK = Ca(
     parameters="cross_attention",
