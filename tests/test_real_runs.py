@@ -135,3 +135,56 @@ def test_a_run_on_each_pipeline_class(
     }
     scopes = ("self_attention", "joint_attention") if fields else ("self_attention",)
     assert changed == {f"{name}.weight" for scope in scopes for name in base.layers(scope)} - NO_GRADIENT
+
+
+RIVALS = {
+    "uce": 'name = "uce"',
+    "spm": 'name = "spm"\nmax_train_steps = 2\ngrid_steps = 2\nanchors = 1',
+}
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_a_run_by_a_method_that_learns_from_no_pairs(
+    method: str,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(plugins, "entry_points", tiny_judge.entry_points)
+    (tmp_path / "fire.toml").write_text(CONCEPT)
+    before, _, after = RECIPE.partition("[method]\n")
+    attacks = after[after.index("[[attacks]]") :]
+    (tmp_path / "recipe.toml").write_text(f"{before}[method]\n{RIVALS[method]}\n{attacks}")
+    out = tmp_path / "run"
+    run = ["run", str(tmp_path / "recipe.toml"), "--model", str(tiny_folder), "--out", str(out)]
+    assert main([*run, "--dry-run"]) == 0
+    assert "pairs  " not in capsys.readouterr().out
+    assert main([*run, "--set", "precision.shard=true"]) == 2
+    assert f"precision.shard is true, but the method '{method}'" in capsys.readouterr().err
+    assert not (out / "erase").exists()
+    assert main([*run, "--resume"]) == 0
+    assert not (out / "pairs").exists()
+    told = rundir.read_json(out / "report.json")
+    assert told["method"] == method
+    assert set(told["cost"]) >= {"erase", "attack", "score"}
+    images = [out / "attack" / "prompts" / model / "images" / "0000.png" for model in ("original", "erased")]
+    assert images[0].read_bytes() != images[1].read_bytes(), "the erasure changes what is drawn"
+    card = (out / "README.md").read_text()
+    assert "load_lora_weights" not in card
+    assert "pairs of images" not in card
+
+    merged = main(["merge", str(out), "--out", str(tmp_path / "merged")])
+    exported = main(["export", str(out), "--out", str(tmp_path / "lora.safetensors")])
+    told = capsys.readouterr().err
+    assert exported == 2
+    if method == "uce":
+        assert merged == 0
+        assert "changes whole weights and is no LoRA; write them by `duo merge`" in told
+        assert "pairs" not in (tmp_path / "merged" / "README.md").read_text()
+    else:
+        assert merged == 2
+        assert told.count("acts by how near a prompt is to the concept") == 2
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(("merged", "lora"))) == (
+        ["merged"] if method == "uce" else []
+    )

@@ -259,7 +259,8 @@ class Method(Protocol):
 
     It may also have `check(model, *, pairs: int | None, precision: Precision)`, which raises `UserError` for settings
     that do not fit the model, the number of pairs (None: not known) or this machine. It is called as soon as the model
-    is loaded, before pairs are made and before anything is written.
+    is loaded, before pairs are made and before anything is written. One that can train with the frozen denoiser cut
+    into shares (`duo.precision.sharded`) has `shards = True`; `Precision.shard` is refused for the others.
     """
 
     takes_pairs: ClassVar[bool]  # whether it learns from pairs of images; a run makes them only then

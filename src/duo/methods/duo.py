@@ -54,6 +54,7 @@ class Duo:
     """
 
     takes_pairs: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
 
     beta: float = 500.0
     learning_rate: float = 6e-5

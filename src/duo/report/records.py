@@ -327,10 +327,10 @@ def _pairs(folder: Path) -> tuple[PairPictures, ...]:
 
 
 def _curves(path: Path) -> dict[str, tuple[tuple[float, float], ...]]:
-    """Closed-form methods keep no log; of a step that was repeated after a resume, the last row counts."""
+    """Closed-form methods have no steps; of a step that was repeated after a resume, the last row counts."""
     points: dict[str, dict[float, float]] = {name: {} for name in CURVES}
     for row in read_rows(path, appended=True) if path.exists() else ():
-        step = row.number("step")
+        step = row.number("step") if "step" in row else 0
         for name in CURVES:
             if name in row:
                 points[name][step] = row.number(name)

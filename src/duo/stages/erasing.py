@@ -18,6 +18,13 @@ def erase(session: Session) -> Delta:
     """Erase the concept from the model with the recipe's method, and write `delta.safetensors`."""
     stage, made = session.dir.stage("erase"), session.dir.stage("pairs")
     taken = session.method.takes_pairs
+    pairs: Pairs | None = None
+    if not stage.finished:  # what is wrong is told before anything is written, which would fix the settings
+        pairs = _pairs(made) if taken else None
+        if pairs is None:
+            session.check_model(pairs=None)
+        else:
+            session.check_model(pairs=len(pairs), size=pairs.unsafe[0].size)
     with session.at_work("erase"):
         config = {
             **{key: value for key, value in session.shared.items() if not (taken and key == "sampling")},
@@ -26,13 +33,6 @@ def erase(session: Session) -> Delta:
             **({"pairs": made.require("pairs")["digest"]} if taken else {}),
         }
         path = stage.folder / "delta.safetensors"
-        pairs: Pairs | None = None
-        if not stage.finished:  # what is wrong is told before the stage is begun, which fixes the method's settings
-            pairs = _pairs(made) if taken else None
-            if pairs is None:
-                session.check_model(pairs=None)
-            else:
-                session.check_model(pairs=len(pairs), size=pairs.unsafe[0].size)
         if stage.begin(config):
             delta = session.method.erase(
                 session.model,
@@ -49,7 +49,8 @@ def erase(session: Session) -> Delta:
 
 def _pairs(stage: Stage) -> Pairs:
     """The run's pairs, as they were made."""
+    wanted = stage.require("pairs")["digest"]
     pairs = Pairs.read(stage.folder)
-    if pairs.digest() != stage.require("pairs")["digest"]:
+    if pairs.digest() != wanted:
         raise UserError(f"{stage.folder}: images were changed; put them back, or make anew")
     return pairs

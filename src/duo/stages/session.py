@@ -171,6 +171,11 @@ class Session:
         of its settings and the number of `pairs` (None: not known) where it has a `check`.
         """
         self.model.check(self.recipe.sampling, size=size)
+        if self.recipe.precision.shard and not getattr(self.method, "shards", False):
+            raise UserError(
+                f"precision.shard is true, but the method {self.recipe.method.name!r} changes weights that would be cut "
+                "into shares; set it to false"
+            )
         if hasattr(self.method, "check"):
             self.method.check(self.model, pairs=pairs, precision=self.recipe.precision)
 
