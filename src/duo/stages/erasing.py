@@ -12,22 +12,19 @@ from duo.stages.session import Session
 
 def erase(session: Session) -> Delta:
     """Erase the concept from the model with the recipe's method, and write `delta.safetensors`."""
-    stage = session.dir.stage("erase")
+    stage, before = session.dir.stage("erase"), session.dir.stage("pairs")
+    pairs = before.require("pairs")  # told before anything is written
     with session.at_work("erase"):
-        pairs = session.dir.stage("pairs").require("pairs")
         config = {
             **{key: value for key, value in session.shared.items() if key != "sampling"},
             "erase_seed": session.erase_seed,
             "method": as_table(session.recipe.method),
             "pairs": pairs["digest"],
         }
-        path = stage.folder / "delta.safetensors"
         if stage.begin(config):
-            made = Pairs.read(session.dir.stage("pairs").folder)
+            made = Pairs.read(before.folder)
             if made.digest() != pairs["digest"]:
-                raise UserError(
-                    f"{session.dir.stage('pairs').folder}: images were changed; put them back, or make anew"
-                )
+                raise UserError(f"{before.folder}: images were changed; put them back, or {rundir.ANEW}")
             delta = session.method.erase(
                 session.model,
                 session.concept,
@@ -35,6 +32,7 @@ def erase(session: Session) -> Delta:
                 run=session.lend(stage, "erase", seed=session.erase_seed),
             )
             if parallel.is_main():
+                path = stage.folder / "delta.safetensors"
                 delta.save(path)
                 stage.finish(digest=rundir.digest(path))
-    return Delta.load(path)
+    return Delta.load(session.dir.erasure()[0])
