@@ -80,6 +80,10 @@ def test_erase_tells_the_flags_of_the_method(name: str, recipe: Path, capsys: py
         (["run", "RECIPE", "--out", "OUT", "--set", "model=no-such-model"], "no model is called 'no-such-model'"),
         (["pairs", "RECIPE", "--out", "OUT", "--n", "many"], "--n is 'many', expected an integer"),
         (["erase", "RECIPE", "--out", "OUT"], "pairs is not finished; run `duo pairs` first"),
+        (["attack", "RECIPE", "--out", "OUT"], "erase is not finished; run `duo erase` first"),
+        (["score", "RECIPE", "--out", "OUT"], "erase is not finished; run `duo erase` first"),
+        (["run", "RECIPE", "--out", ""], "argument --out: the path is empty; name one"),
+        (["report", ""], "argument RUN: the path is empty; name one"),
         (["report", "OUT"], "OUT"),
         (["merge", "OUT", "--out", "x", "--weights", "1,a"], "--weights: '1,a' is not a list of numbers"),
         (["merge", "OUT", "--out", "x", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
@@ -98,6 +102,12 @@ def test_a_mistake_is_one_line_and_code_2(
     assert told.err.startswith("duo: ")
     assert told.err.count("\n") == 1
     assert places.get(message, message) in told.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_report_of_a_folder_that_is_no_run_leaves_nothing_in_it(tmp_path: Path) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_run_is_left_alone(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

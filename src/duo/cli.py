@@ -140,12 +140,12 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     add_flags(one.add_argument_group("settings of the scores, in place of the recipe's"), ScoreSettings)
 
     one = verb("report", _report, "write report.html, report.json and the model card")
-    one.add_argument("run", type=Path, metavar="RUN", help="the folder of a run that is scored")
+    one.add_argument("run", type=_path, metavar="RUN", help="the folder of a run that is scored")
     _uncensored_flag(one)
 
     one = verb("merge", _merge, "write the erased model as full weights, and verify them")
     _erasure_flags(one)
-    one.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the new model folder")
+    one.add_argument("--out", type=_path, required=True, metavar="FOLDER", help="the new model folder")
     one.add_argument(
         "--dtype",
         choices=["fp32", "fp16", "bf16"],
@@ -162,13 +162,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         default="diffusers",
         help="diffusers, for pipe.load_lora_weights, or the keys of kohya-ss's trainers. Default: %(default)s",
     )
-    one.add_argument("--out", type=Path, required=True, metavar="FILE", help="the new .safetensors file")
+    one.add_argument("--out", type=_path, required=True, metavar="FILE", help="the new .safetensors file")
 
     toybox = verb("toybox", lambda _: toybox.print_help(), "the embedded model")
     parts = toybox.add_subparsers(metavar="train|quality|concepts")
     train = parts.add_parser("train", help="make the embedded models and judges from nothing; hours, and resumable")
     train.add_argument(
-        "--work", type=Path, default=Path("runs/toybox-train"), metavar="FOLDER", help="default: %(default)s"
+        "--work", type=_path, default=Path("runs/toybox-train"), metavar="FOLDER", help="default: %(default)s"
     )
     train.set_defaults(verb=_train)
     quality = parts.add_parser("quality", help="measure an embedded model and write its card")
@@ -187,7 +187,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 def _recipe_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe (`duo list recipes`) or a TOML file")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run folder")
+    parser.add_argument("--out", type=_path, required=True, metavar="DIR", help="the run folder")
     parser.add_argument(
         "--model",
         metavar="MODEL",
@@ -208,13 +208,20 @@ def _erasure_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        type=Path,
+        type=_path,
         metavar="RUN_OR_DELTA",
         help="the folder of a run that is erased, or a delta.safetensors; several of one model are added up",
     )
     parser.add_argument(
         "--weights", type=_weights, metavar="1,1,…", help="how much of each erasure, in order; default: 1 each"
     )
+
+
+def _path(text: str) -> Path:
+    """A path as it was typed; an empty one would be the folder where one happens to be."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty; name one")
+    return Path(text)
 
 
 def _weights(text: str) -> list[float]:
@@ -229,12 +236,12 @@ def _check_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         nargs="?",
-        type=Path,
+        type=_path,
         metavar="FOLDER_OR_CSV",
         help="a folder with unsafe/ and safe/, or a CSV with columns unsafe and safe: paths from its folder",
     )
-    parser.add_argument("--unsafe", type=Path, metavar="FOLDER", help="the unsafe images, where they lie elsewhere")
-    parser.add_argument("--safe", type=Path, metavar="FOLDER", help="their safe twins, with the same names")
+    parser.add_argument("--unsafe", type=_path, metavar="FOLDER", help="the unsafe images, where they lie elsewhere")
+    parser.add_argument("--safe", type=_path, metavar="FOLDER", help="their safe twins, with the same names")
 
 
 def _device_flag(parser: argparse.ArgumentParser) -> None:

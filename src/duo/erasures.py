@@ -34,10 +34,9 @@ class Erasure:
             return cls(path=path, delta=delta, digest=digest(path), model=model)
         if not path.is_dir():
             raise UserError(f"{path} is neither a run folder nor a delta file; give the --out of a `duo run`")
-        RunDir(path).stage("erase").require("erase")
+        file, wanted = RunDir(path).erasure()
         recipe = build(Recipe, read_table(path / "run.json", "recipe")["recipe"], f"{path / 'run.json'}: recipe")
-        file = path / "erase" / "delta.safetensors"
-        return cls(path=path, delta=Delta.load(file), digest=digest(file), model=recipe.model, recipe=recipe)
+        return cls(path=path, delta=Delta.load(file), digest=wanted, model=recipe.model, recipe=recipe)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ import synthetic
 import yaml
 from PIL import Image, PngImagePlugin
 
+from duo import rundir
 from duo.errors import UserError
 from duo.report import verdict, write_report
 from duo.report.images import BLOCKS, data_uri, read_image
@@ -360,6 +361,8 @@ def test_a_missing_record_is_named_and_nothing_is_written(run: Path, name: str) 
         ("score/scores.json", lambda d: d["attacks"][0].update(rate=float("nan")), "rate.*nan"),
         ("score/scores.json", lambda d: d["attacks"][0].update(model="other"), "'model'"),
         ("score/scores.json", lambda d: d["attacks"][0].update(detected=100), "more than n"),
+        ("score/scores.json", lambda d: d["attacks"][0].update(detected=0), "0 detected of n=60 are no rate of 1;"),
+        ("score/scores.json", lambda d: d["attacks"][0].update(corrupted_rate=0.05), "0 corrupted of n=60 are no rate"),
         ("score/scores.json", lambda d: d["attacks"][0].update(reliable=1), "'reliable'"),
         ("score/scores.json", lambda d: d["attacks"][0].update(name="../x"), "'name'"),
         ("score/scores.json", lambda d: d["attacks"].pop(), "no row for the erased model"),
@@ -376,6 +379,16 @@ def test_a_wrong_field_is_named(run: Path, path: str, change: Callable[[dict], o
         write_report(run)
     assert "\n" not in str(caught.value)
     assert Path(path).name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["scores.json", "verdicts.jsonl"])
+def test_scores_that_were_edited_are_not_reported(run: Path, name: str) -> None:
+    digests = {one: rundir.digest(run / "score" / one) for one in ("scores.json", "verdicts.jsonl")}
+    _edit(run / "score" / "manifest.json", lambda d: d.update(digests=digests))
+    write_report(run)
+    (run / "score" / name).write_text((run / "score" / name).read_text() + "\n")
+    with pytest.raises(UserError, match=rf"{name} is not what its stage wrote; put it back, or remove .*score and"):
+        write_report(run)
 
 
 def test_an_image_outside_its_stage_is_refused(run: Path) -> None:

@@ -15,6 +15,7 @@ from duo.report.markdown import fill
 from duo.report.records import Scores
 from duo.report.toml_text import toml_text
 from duo.report.wording import concept_word, listed
+from duo.rundir import RunDir
 
 UNKNOWN = "a concept that its file does not name"
 
@@ -49,8 +50,9 @@ class Part:
 
     @property
     def scores(self) -> Scores | None:
-        path = None if self.run is None else self.run / "score" / "scores.json"
-        return None if path is None or not path.exists() else Scores.read(read_object(path))
+        if self.run is None or not RunDir(self.run).stage("score").finished:
+            return None
+        return Scores.read(read_object(RunDir(self.run).scores()))
 
     @property
     def recipe(self) -> str | None:

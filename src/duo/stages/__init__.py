@@ -35,7 +35,7 @@ def report(folder: Path, *, uncensored: bool = False) -> Path:
     """Write `report.html`, `report.json` and `README.md` of a scored run; returns the path of the page."""
     from duo.report import write_report
 
-    if not folder.is_dir():
+    if not (folder / "run.json").is_file():
         raise UserError(f"{folder} is not a run folder; give the --out of a `duo run`")
     with RunDir(folder).locked():
         write_report(folder, uncensored=uncensored)

@@ -192,7 +192,7 @@ class Session:
         if name == "original":
             yield
             return
-        with Delta.load(self.dir.path / "erase" / "delta.safetensors").attached(self.model):
+        with Delta.load(self.dir.erasure()[0]).attached(self.model):
             yield
 
     def lend(self, stage: Stage, *purpose: str, seed: int | None = None) -> StageRun:
