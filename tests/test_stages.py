@@ -622,6 +622,13 @@ def test_every_rejected_image_is_told_with_its_seed_and_why(open_session: Any) -
     assert not kept & {row["seed"] for row in rejected}
 
 
+def test_one_network_for_pairs_and_scores_is_noted_once(open_session: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        make_pairs(open_session())
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(told) == 1 and "judge and curator of concept fire look with the same network" in told[0]
+
+
 def test_webp_pairs_are_the_same_pictures(open_session: Any) -> None:
     png, webp = make_pairs(open_session("png")), make_pairs(open_session("webp", "pairs.format=webp"))
     assert webp.digest() == png.digest()

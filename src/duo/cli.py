@@ -110,6 +110,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         one.set_defaults(verb=act)
         return one
 
+    shown = _recipe_shown(arguments)
+
     one = verb("run", _run, "all stages of a recipe, then the report")
     _recipe_flags(one)
     one.add_argument("--resume", action="store_true", help="go on with a run that was begun")
@@ -124,20 +126,23 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         told = "make unsafe images and their safe twins; `duo pairs check FOLDER` checks pairs of your own"
         one = verb("pairs", _pairs, told)
         _recipe_flags(one)
-        add_flags(one.add_argument_group("settings of the pairs, in place of the recipe's"), PairSettings)
+        group = one.add_argument_group("settings of the pairs, in place of the recipe's")
+        add_flags(group, PairSettings, as_table(shown.pairs) if shown else {})
 
     one = verb("erase", _erase, "erase the concept; `duo erase RECIPE --help` also tells the method's own flags")
     _recipe_flags(one)
     method = _method_of(arguments)
     if method is not None:
         group = one.add_argument_group(f"fields of the method {method!r}, in place of the recipe's")
-        add_flags(group, plugins.load("methods", method))
+        settings = shown.method.settings if shown and shown.method.name == method else {}
+        add_flags(group, plugins.load("methods", method), settings)
 
     _recipe_flags(verb("attack", _attack, "attack the original model and the erased one"))
 
     one = verb("score", _score, "judge what the attacks brought, and what was preserved")
     _recipe_flags(one)
-    add_flags(one.add_argument_group("settings of the scores, in place of the recipe's"), ScoreSettings)
+    group = one.add_argument_group("settings of the scores, in place of the recipe's")
+    add_flags(group, ScoreSettings, as_table(shown.score) if shown else {})
 
     one = verb("report", _report, "write report.html, report.json and the model card")
     one.add_argument("run", type=_path, metavar="RUN", help="the folder of a run that is scored")
@@ -232,7 +237,8 @@ def _weights(text: str) -> list[float]:
 
 
 def _check_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("check", choices=["check"], metavar="check")
+    parser.prog, parser.usage = "duo pairs check", "%(prog)s [-h] (FOLDER_OR_CSV | --unsafe FOLDER --safe FOLDER)"
+    parser.add_argument("check", choices=["check"], help=argparse.SUPPRESS)
     parser.add_argument(
         "source",
         nargs="?",
@@ -262,6 +268,20 @@ def _method_of(arguments: Sequence[str]) -> str | None:
         return None
     name = arguments[1]
     return name if name in plugins.names("methods") else load_recipe(name).method.name
+
+
+def _recipe_shown(arguments: Sequence[str]) -> Recipe | None:
+    """The recipe whose values the help of a verb tells as what its flags replace."""
+    asked = len(arguments) > 2 and arguments[0] in ("pairs", "erase", "score") and {"-h", "--help"} & {*arguments}
+    name = arguments[1] if asked else ""
+    if (
+        not name
+        or name.startswith("-")
+        or name == "check"
+        or (arguments[0] == "erase" and name in plugins.names("methods"))
+    ):
+        return None
+    return load_recipe(name)
 
 
 # --- the verbs --------------------------------------------------------------------------------------
@@ -376,6 +396,7 @@ def _merge(given: argparse.Namespace) -> None:
         print(f"{told}, in {one.before} in the run")
     for source in merged.unscored:
         print(f"{source}: no finished attacks, so its rates by the merged weights are not known; measure them")
+    _warn_of_no_fall(given.sources)
 
 
 def _export(given: argparse.Namespace) -> None:
@@ -383,6 +404,15 @@ def _export(given: argparse.Namespace) -> None:
 
     delta = export(given.sources, given.out, to=given.format, weights=given.weights)
     print(f"{given.out}: a LoRA of {len(delta.layers())} layers")
+    _warn_of_no_fall(given.sources)
+
+
+def _warn_of_no_fall(sources: Sequence[Path]) -> None:
+    from duo.erasures import doubt
+
+    for source in sources:
+        if reason := doubt(source):
+            print(f"warning: {source} does not show that its concept went: {reason}", file=sys.stderr)
 
 
 def _train(given: argparse.Namespace) -> None:

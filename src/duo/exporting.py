@@ -15,6 +15,7 @@ from duo.erasures import Composition
 from duo.errors import UserError
 from duo.models import denoiser_config, family_of
 from duo.plugins import KohyaLayer
+from duo.rundir import make_room
 
 FORMATS = ("diffusers", "kohya")
 
@@ -35,6 +36,7 @@ def export(
     if out.suffix != ".safetensors":
         raise UserError(f"{out} must end in .safetensors, by which other software knows the format")
     composed = Composition.read([sources] if isinstance(sources, Path) else sources, weights)
+    make_room(out)
     if to == "diffusers":
         composed.delta.save(out)
     else:

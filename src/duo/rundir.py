@@ -15,6 +15,7 @@ import platform
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -50,6 +51,16 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_room(path: Path) -> None:
+    """Make the folder that the new `path` is to lie in; a `UserError` where it cannot be made or written to."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; name another --out") from error
 
 
 def write_json(path: Path, value: object) -> None:
@@ -316,6 +327,12 @@ class RunDir:
     """One run's folder."""
 
     path: Path
+
+    def require(self) -> None:
+        """Raise a `UserError` where this is not the folder of a run."""
+        if not (self.path / "run.json").is_file():
+            lacks = "it has no run.json" if self.path.is_dir() else "there is no such folder"
+            raise UserError(f"{self.path} is not a run folder: {lacks}; give the --out of a `duo run`")
 
     def stage(self, *parts: str) -> Stage:
         """The stage at `pairs`, `erase`, `attack/<row>/<model>` or `score`."""

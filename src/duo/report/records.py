@@ -259,6 +259,7 @@ class RunRecords:
     """Everything of a run folder that the report shows.
 
     `sections` are the scores as they stand in `scores.json`, for `report.json`; `scores` are the same, typed.
+    `spoils` says whether the judge knows spoiled images: the label was given, or had a score.
     `curves` maps a name of `CURVES` to (step, value) points; `cost` maps a stage to its seconds.
     """
 
@@ -273,6 +274,7 @@ class RunRecords:
     pairs: tuple[PairPictures, ...]
     curves: Mapping[str, tuple[tuple[float, float], ...]]
     pictures: tuple[Picture, ...]
+    spoils: bool
     cost: Mapping[str, float]
     machine: str | None
 
@@ -307,6 +309,7 @@ def read_run(folder: Path) -> RunRecords:
         pairs=_pairs(folder / "pairs"),
         curves=_curves(folder / "erase" / "log.jsonl"),
         pictures=_pictures(folder, [attack.name for attack in scores.attacks]),
+        spoils=_spoils(folder / "score" / "verdicts.jsonl"),
         cost=cost,
         machine=machine,
     )
@@ -373,6 +376,11 @@ def _pictures(folder: Path, attacks: list[str]) -> tuple[Picture, ...]:
                 )
             )
     return tuple(pictures)
+
+
+def _spoils(verdicts: Path) -> bool:
+    spoiled = LABELS[-1]
+    return any(row.text("label") == spoiled or spoiled in row.table("scores") for row in read_rows(verdicts))
 
 
 def _cost(path: Path) -> tuple[dict[str, float], str | None]:
