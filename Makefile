@@ -1,7 +1,9 @@
 # make demo    one concept erased, attacked, scored and reported, from a fresh clone
 # make test    ruff, mypy and pytest
 # make check   the same without the set-up: for a working tree that is installed
-# make tune    search the demo's values again; make results: make the published numbers again (hours)
+#              (where runs/demo is of other settings or versions it stops and says so: `make clean`, then again)
+# make tune    search the demo's values again (hours)
+# make results make the published numbers again but for those that docs/results/README.md lists (hours)
 # make clean   remove what these made, .venv and runs/demo included
 
 PYTHON ?= python3
@@ -26,6 +28,8 @@ tune: .venv/installed
 
 results: .venv/installed
 	$(BIN)/python benchmarks/results.py --out runs/results --docs docs/results
+	$(BIN)/python benchmarks/budgets.py --out runs/budgets --docs docs/results
+	$(BIN)/python benchmarks/agreement.py compare --labels docs/results/labels.csv --docs docs/results
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,11 +1,14 @@
 """Do the judges see what the eye sees? Labels given to generated images, blind to the verdicts.
 
     python benchmarks/agreement.py draw --tune runs/tune --out runs/agreement     # numbered sheets to look at
-    python benchmarks/agreement.py compare --out runs/agreement --labels docs/results/labels.csv
+    python benchmarks/agreement.py judge --out runs/agreement --labels docs/results/labels.csv
+    python benchmarks/agreement.py compare --labels docs/results/labels.csv
 
 `draw` renders half of the images with the original model and half with models erased by trials of the search (good and
-bad ones), shuffles them, and writes sheets that show numbers alone. `labels.csv` has the columns `number,label` with
-the labels absent, present and corrupted. `compare` prints the agreement and the confusions of either judge.
+bad ones), shuffles them, and writes sheets that show numbers alone. `labels.csv` is begun by hand with the columns
+`number,label`; the labels are absent, present and corrupted. `judge` then adds the key (model or trial, prompt set,
+prompt, seed), both judges' verdicts and the world that the judges are of. `compare` needs these columns alone, and
+writes and prints the agreement and the confusions of either judge.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from results import machine
 
 from duo import Delta, load_concept, load_family, load_recipe
 from duo.judges.toybox import Toybox
@@ -28,7 +32,10 @@ from duo.statistics import wilson
 from duo.toybox import world_digest
 
 EACH = 108  # images from the original model, and as many from erased ones
+FIRST_SEED = 190_000
 COLUMNS, ROWS, ZOOM = 6, 6, 3
+ROLES = ("score", "curate")
+CSV_COLUMNS = ("number", "label", "model", "set", "prompt", "seed", *ROLES, "world_digest")
 SETS = ("plain", "held_out_words", "held_out_subjects", "unrelated")
 
 
@@ -38,22 +45,24 @@ def draw(tune: Path, out: Path) -> None:
     model = load_family(recipe.model, device="cpu")
     deltas = sorted(tune.glob("*/delta.safetensors"))
     sources = [None] * EACH + [deltas[i % len(deltas)] for i in range(EACH)]
-    jobs: dict[Path | None, list[tuple[int, str]]] = {}
+    jobs: dict[Path | None, list[tuple[int, str, str]]] = {}
     order = np.random.default_rng(12).permutation(len(sources))
     for number, index in enumerate(order.tolist()):
-        prompts = concept.prompt_set(SETS[index % len(SETS)], validation=True)
-        jobs.setdefault(sources[index], []).append((number, prompts[index % len(prompts)]))
+        name = SETS[index % len(SETS)]
+        prompts = concept.prompt_set(name, validation=True)
+        jobs.setdefault(sources[index], []).append((number, name, prompts[index % len(prompts)]))
     key = {}
     for source, rows in jobs.items():
         with Delta.load(source).attached(model) if source else nullcontext():
             images = model.generate(
-                [prompt for _, prompt in rows],
-                seeds=[190_000 + number for number, _ in rows],
+                [prompt for _, _, prompt in rows],
+                seeds=[FIRST_SEED + number for number, _, _ in rows],
                 sampling=recipe.sampling,
             )
-        for (number, prompt), image in zip(rows, images, strict=True):
+        for (number, name, prompt), image in zip(rows, images, strict=True):
             write_image(out / "images" / f"{number:03d}.png", image)
-            key[str(number)] = {"prompt": prompt, "model": source.parent.name if source else "original"}
+            model_name = source.parent.name if source else "original"
+            key[str(number)] = {"model": model_name, "set": name, "prompt": prompt, "seed": FIRST_SEED + number}
     write_json(out / "key.json", key)
     side = 64 * ZOOM
     for start in range(0, len(sources), COLUMNS * ROWS):
@@ -66,26 +75,40 @@ def draw(tune: Path, out: Path) -> None:
         write_image(out / f"sheet-{start // (COLUMNS * ROWS)}.png", sheet)
 
 
-def compare(out: Path, labels: Path, docs: Path) -> None:
-    """Agreement of either judge with the labels, over all images and over those of erased models."""
-    with labels.open(newline="") as file:
-        given = {int(row["number"]): row["label"] for row in csv.DictReader(file)}
+def judge(out: Path, labels: Path) -> None:
+    """Write what is known of each labelled image beside its label: where it comes from, and both judges' verdicts."""
     key = read_json(out / "key.json")
+    given = read_labels(labels)
     images = []
-    for number in sorted(given):
-        with Image.open(out / "images" / f"{number:03d}.png") as image:
+    for row in given:
+        with Image.open(out / "images" / f"{int(row['number']):03d}.png") as image:
             images.append(image.convert("RGB"))
-    summary: dict[str, object] = {"n": len(given), "world_digest": world_digest()}
-    for role in ("score", "curate"):
-        verdicts = [verdict.label for verdict in Toybox(hazard="fire", role=role)(images)]
-        rows = list(zip(sorted(given), verdicts, strict=True))
-        for name, chosen in (
-            ("all", rows),
-            ("erased", [row for row in rows if key[str(row[0])]["model"] != "original"]),
-        ):
-            agreed = sum(given[number] == label for number, label in chosen)
+    verdicts = {role: Toybox(hazard="fire", role=role)(images) for role in ROLES}
+    with labels.open("w", newline="") as file:
+        table = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n")
+        table.writeheader()
+        for i, row in enumerate(given):
+            said = {role: verdicts[role][i].label for role in ROLES}
+            told = {name: row[name] for name in ("number", "label")}
+            table.writerow({**told, **key[row["number"]], **said, "world_digest": world_digest()})
+
+
+def read_labels(path: Path) -> list[dict[str, str]]:
+    """The rows of the labels in the order of their numbers."""
+    with path.open(newline="") as file:
+        return sorted(csv.DictReader(file), key=lambda row: int(row["number"]))
+
+
+def compare(labels: Path) -> dict[str, object]:
+    """How often either judge agrees with the labels, over all images and over erased models alone; of the CSV only."""
+    given = read_labels(labels)
+    (digest,) = {row["world_digest"] for row in given}
+    summary: dict[str, object] = {"n": len(given), "world_digest": digest}
+    for role in ROLES:
+        for name, chosen in (("all", given), ("erased", [row for row in given if row["model"] != "original"])):
+            agreed = sum(row["label"] == row[role] for row in chosen)
             interval = wilson(agreed, len(chosen))
-            confusion = Counter(f"{given[number]} judged {label}" for number, label in chosen)
+            confusion = Counter(f"{row['label']} judged {row[role]}" for row in chosen)
             summary[f"{role}, {name}"] = {
                 "agreement": agreed / len(chosen),
                 "low": interval.low,
@@ -93,13 +116,12 @@ def compare(out: Path, labels: Path, docs: Path) -> None:
                 "n": len(chosen),
                 "confusion": dict(sorted(confusion.items())),
             }
-    write_json(docs / "agreement.json", summary)
-    print(json.dumps(summary, indent=1))
+    return summary
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("step", choices=("draw", "compare"))
+    parser.add_argument("step", choices=("draw", "judge", "compare"))
     parser.add_argument("--tune", type=Path, default=Path("runs/tune"))
     parser.add_argument("--out", type=Path, default=Path("runs/agreement"))
     parser.add_argument("--labels", type=Path, default=Path("docs/results/labels.csv"))
@@ -108,8 +130,12 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.step == "draw":
         draw(given.tune, given.out)
+    elif given.step == "judge":
+        judge(given.out, given.labels)
     else:
-        compare(given.out, given.labels, given.docs)
+        summary = compare(given.labels)
+        write_json(given.docs / "agreement.json", {**machine(), **summary})
+        print(json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":

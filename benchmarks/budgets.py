@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results import machine
 
 from duo import Session, load_recipe
 from duo.plugins import Attempt
@@ -25,7 +26,6 @@ from duo.seeds import seed_for
 from duo.stages.attacking import attack_concept
 from duo.stages.rendering import read_images, render
 from duo.target import Target
-from duo.toybox import world_digest
 
 BAR = 0.9
 IMAGES, SEARCHES = 40, 10
@@ -71,7 +71,7 @@ def main() -> None:
         for budget in ladder:
             tried.append(control(row, budget, given.out))
             print(json.dumps(tried[-1]), flush=True)
-            write_json(path, {"world_digest": world_digest(), "bar": BAR, "tried": tried})
+            write_json(path, {**machine(), "bar": BAR, "tried": tried})
             if tried[-1]["mean"] >= BAR:
                 break
     print(path)

@@ -1,4 +1,4 @@
-"""Make every published number of the embedded model again: `make results`.
+"""Make the published numbers of erasures of the embedded model again: the longer part of `make results`.
 
     python benchmarks/results.py --out runs/results --docs docs/results
 
@@ -29,6 +29,7 @@ from duo.recipe import Recipe
 from duo.report.figures import TradeoffPoint, tradeoff
 from duo.report.records import Mean
 from duo.rundir import read_json, write_image, write_json
+from duo.toybox import world_digest
 
 SEEDS = (0, 1, 2)
 SWEPT = {"toybox-fire": (5.0, 20.0, 80.0), "toybox-fire-published": (20.0, 80.0)}  # recipe → β
@@ -36,10 +37,10 @@ SWEEP_ROWS, SWEEP_IMAGES = ("prompts", "prompts_held_out_words"), 120
 
 
 def machine() -> dict[str, str]:
-    """Where and from what the numbers come."""
+    """Where and from what the numbers come: what every file of results names."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     processor = platform.processor() or platform.machine()
-    return {"machine": f"{processor}, {os.cpu_count()} cores", "commit": commit}
+    return {"machine": f"{processor}, {os.cpu_count()} cores", "commit": commit, "world_digest": world_digest()}
 
 
 def one(recipe: Recipe, out: Path, originals: Path | None, same_pairs: bool = False) -> dict[str, Any]:

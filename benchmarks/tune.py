@@ -1,11 +1,13 @@
-"""Choose the values of a method on the embedded model: random search with successive halving, every trial recorded.
+"""Choose the values of a method on the embedded model, every trial recorded: a random search with successive halving
+of which the later trials are written by hand (`REFINED`), and two more searches by hand (`SECOND`, `THIRD`).
 
     python benchmarks/tune.py --out runs/tune
 
 Only the concept's *validation* prompts and seeds are used, and the *curating* judge; the scored prompts, seeds and
 judge are never seen. Two families share the budget alike: `published` (DUO's objective, LoRA on self-attention)
-and `best` (any scope, DPO-Positive's penalty allowed). The space and the objective below were written before the first
-trial. A trial that is stopped goes on where it was; finished trials are read back from `trials.jsonl`.
+and `best` (any scope, DPO-Positive's penalty allowed). The objective and the space of `draw` were written before the
+first trial; the trials by hand leave that space (docs/search.md). A trial that is stopped goes on where it was;
+finished trials are read back from `trials.jsonl`.
 """
 
 from __future__ import annotations
@@ -87,7 +89,14 @@ SECOND = (
     (120, {**_LARGE, "prior_weight": 10.0}),
     (120, {**_LARGE, "targets": ["self_attention"], "positive_penalty": 0.0}),
 )
+# The three best of the second search once more, at the recipe's own seed and on its own pairs: what chose the demo's.
+THIRD = (
+    (120, {**_LARGE, "prior_weight": 10.0}),
+    (120, _LARGE),
+    (100, {**_LARGE, "train_batch_size": 32}),
+)
 IMAGES = 30  # of each validation set
+PAIRS = ("pairs-run", "pairs-run-recipe")  # of the trials, and of the third search
 DIVERGED = 10.0  # the objective of a trial that diverged: above any that can be measured
 SETS = ("plain", "held_out_words", "held_out_subjects")
 SCOPES = (
@@ -173,7 +182,11 @@ def reference(
 
 
 def trial(out: Path, model_name: str, family: str, number: int, config: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Train one configuration to `steps`, going on from its last rung, and measure it."""
+    """Train one configuration to `steps`, going on from its last rung, and measure it.
+
+    Trials of the family "third" have the recipe's own pairs and its plain seed, which is not the one that a run derives
+    for its training.
+    """
     torch.set_num_threads(1)
     recipe, concept = load_recipe("toybox-fire"), load_concept("toybox-fire")
     model = load_family(model_name, device="cpu")
@@ -182,9 +195,10 @@ def trial(out: Path, model_name: str, family: str, number: int, config: dict[str
     method = Duo(**settings, max_train_steps=steps, checkpointing_steps=50)
     folder = out / f"{family}-{number:02d}"
     folder.mkdir(parents=True, exist_ok=True)
-    run = StageRun(folder=folder, seed=SEED, device=model.device)
+    third = family == "third"
+    run = StageRun(folder=folder, seed=recipe.seed if third else SEED, device=model.device)
     record: dict[str, Any] = {"family": family, "trial": number, "steps": steps, "config": config, "model": model_name}
-    delta = method.erase(model, concept, pairs=Pairs.read(out / "pairs-run" / "pairs"), run=run)
+    delta = method.erase(model, concept, pairs=Pairs.read(out / PAIRS[third] / "pairs"), run=run)
     delta.save(folder / "delta.safetensors")
     with delta.attached(model):
         seen, _ = look(model, concept, recipe.sampling, references)
@@ -196,18 +210,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tune"))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--model", default="toybox", help="the embedded model, or a folder")
-    parser.add_argument("--only", choices=("first", "second"), help="of the two searches")
+    parser.add_argument("--only", choices=("first", "second", "third"), help="of the three searches")
     given = parser.parse_args()
-    recipe = load_recipe("toybox-fire", overrides=["seed=1000", f"model={json.dumps(given.model)}"])
-    session = Session(recipe, given.out / "pairs-run")
-    make_pairs(session)
+    for folder, seed in zip(PAIRS, (["seed=1000"], []), strict=True):
+        recipe = load_recipe("toybox-fire", overrides=[*seed, f"model={json.dumps(given.model)}"])
+        session = Session(recipe, given.out / folder)
+        make_pairs(session)
     reference(given.out, session.model, session.concept, recipe.sampling)
     log = given.out / "trials.jsonl"
     done = {(row["family"], row["trial"], row["steps"]): row for row in read_jsonl(log, appended=True)}
     space = drawn_space()
     alive = {family: list(range(rungs[0])) for family, rungs in RUNGS.items()}
     with ProcessPoolExecutor(given.workers) as pool:
-        for rung, steps in enumerate(STEPS) if given.only != "second" else ():
+        for rung, steps in enumerate(STEPS) if given.only in (None, "first") else ():
             for family in space if rung else ():
                 if RUNGS[family][rung] < len(alive[family]):
                     alive[family].sort(key=lambda n: done[family, n, STEPS[rung - 1]]["objective"])
@@ -216,8 +231,10 @@ def main() -> None:
             measured = [family for family in space if rung or family not in REFINED]
             todo = [(family, n, space[family][n], steps) for family in measured for n in alive[family]]
             measure(pool, todo, given, log, done)
-        if given.only != "first":
-            measure(pool, [("second", n, config, steps) for n, (steps, config) in enumerate(SECOND)], given, log, done)
+        for family, trials in (("second", SECOND), ("third", THIRD)):
+            if given.only in (None, family):
+                todo = [(family, n, config, steps) for n, (steps, config) in enumerate(trials)]
+                measure(pool, todo, given, log, done)
     for family in {key[0] for key in done}:
         finished = [row for key, row in done.items() if key[0] == family]
         print(family, json.dumps(min(finished, key=lambda row: row["objective"]), sort_keys=True))

@@ -55,6 +55,27 @@ def test_erase_tells_the_flags_of_the_method(name: str, recipe: Path, capsys: py
 
 
 @pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["erase", "RECIPE"], ["--beta NUMBER the recipe's: 25.0", "--rank INTEGER default: "]),
+        (["erase", "duo"], ["--beta NUMBER default: 500.0"]),
+        (["pairs", "RECIPE"], ["--n INTEGER the recipe's: 7"]),
+        (["score", "RECIPE"], ["--unrelated INTEGER the recipe's: 9"]),
+        (["pairs", "check"], ["usage: duo pairs check [-h] (FOLDER_OR_CSV | --unsafe FOLDER --safe FOLDER)"]),
+    ],
+)
+def test_help_tells_what_the_flags_replace(
+    arguments: list[str], told: list[str], recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = RECIPE.replace('name = "duo"', 'name = "duo"\nbeta = 25.0')
+    recipe.write_text(f"{text}\n[pairs]\nn = 7\n[score]\nunrelated = 9\n")
+    with pytest.raises(SystemExit):
+        main([str(recipe) if part == "RECIPE" else part for part in arguments] + ["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(one in out for one in told)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "the following arguments are required: VERB (see `duo --help`)"),
@@ -80,24 +101,41 @@ def test_erase_tells_the_flags_of_the_method(name: str, recipe: Path, capsys: py
         (["run", "RECIPE", "--out", "OUT", "--set", "model=no-such-model"], "no model is called 'no-such-model'"),
         (["pairs", "RECIPE", "--out", "OUT", "--n", "many"], "--n is 'many', expected an integer"),
         (["erase", "RECIPE", "--out", "OUT"], "pairs is not finished; run `duo pairs` first"),
+        (["attack", "RECIPE", "--out", "OUT"], "erase is not finished; run `duo erase` first"),
+        (["score", "RECIPE", "--out", "OUT"], "erase is not finished; run `duo erase` first"),
+        (["run", "RECIPE", "--out", ""], "argument --out: the path is empty; name one"),
+        (["report", ""], "argument RUN: the path is empty; name one"),
         (["report", "OUT"], "OUT"),
         (["merge", "OUT", "--out", "x", "--weights", "1,a"], "--weights: '1,a' is not a list of numbers"),
         (["merge", "OUT", "--out", "x", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         (["merge", "OUT", "--out", "no-such-folder"], "is neither a run folder nor a delta file"),
         (["export", "RECIPE", "--out", "no-such.safetensors"], "cannot be read as safetensors"),
+        (["report", "FOLDER"], "is not a run folder: it has no run.json; give the --out of a `duo run`"),
+        (["run", "FOLDER", "--out", "OUT"], "`duo run RECIPE --out FOLDER --resume`"),
+        (["run", "CONCEPT", "--out", "OUT"], "is a concept, and no recipe; name it in a recipe: concept = 'snow.toml'"),
         (["list", "attack"], "nothing to list is called 'attack' (did you mean 'attacks'?)"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(
     arguments: list[str], message: str, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {"RECIPE": str(recipe), "OUT": str(tmp_path / "run")}
+    places = {"RECIPE": str(recipe), "OUT": str(tmp_path / "run"), "FOLDER": str(tmp_path / "mine")}
+    places["CONCEPT"] = str(tmp_path / "snow.toml")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "snow.toml").write_text("words = ['snow']\nanchor = 'meadow'\n")
     assert main([places.get(part, part) for part in arguments]) == 2
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err.startswith("duo: ")
     assert told.err.count("\n") == 1
-    assert places.get(message, message) in told.err
+    assert places.get(message, message).replace("FOLDER", places["FOLDER"]) in told.err
+    assert not any((tmp_path / "mine").iterdir())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_report_of_a_folder_that_is_no_run_leaves_nothing_in_it(tmp_path: Path) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_run_is_left_alone(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +225,9 @@ def test_pairs_check_lists_every_problem_and_exits_2(tmp_path: Path, capsys: pyt
             Image.new("RGB", (8, 8), (colour, 0, 0)).save(tmp_path / side / f"{name}.png")
     assert main(["pairs", "check", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path}: 2 pairs, nothing wrong\n"
+    for name, told in (("none", "does not exist"), ("safe/a.png", "is a file, and no .csv")):
+        assert main(["pairs", "check", str(tmp_path / name)]) == 2
+        assert capsys.readouterr().out == f"{tmp_path / name} {told}: it has no folder unsafe/ and safe/\n"
     two = ["pairs", "check", "--unsafe", str(tmp_path / "unsafe"), "--safe", str(tmp_path / "safe")]
     assert main(two) == 0
     (tmp_path / "safe" / "a.png").unlink()

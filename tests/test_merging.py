@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,10 @@ from safetensors import safe_open
 
 from duo import merging, rundir
 from duo.bases import base_digest
+from duo.concept import load_concept
 from duo.delta import Delta
 from duo.errors import UserError
+from duo.fields import as_table
 from duo.models import load_family
 from duo.rundir import RunDir
 
@@ -55,7 +58,8 @@ def erased_run(tmp_path: Path, tiny_folder: Path) -> Path:
         tensors[f"{name}.lora_A.weight"] = torch.randn(2, into, generator=torch.Generator().manual_seed(0))
         tensors[f"{name}.lora_B.weight"] = torch.randn(out, 2, generator=torch.Generator().manual_seed(1))
     stage = run.stage("erase")
-    stage.begin({})
+    concept = rundir.digest(as_table(load_concept(tmp_path / "fire.toml")))
+    stage.begin({"concept": {"name": "fire", "digest": concept}})
     record = {"model": str(tiny_folder), "method": "duo"}
     Delta(kind="lora", component="unet", tensors=tensors, record=record).save(stage.folder / "delta.safetensors")
     stage.finish(digest=rundir.digest(stage.folder / "delta.safetensors"))
@@ -255,6 +259,58 @@ def test_the_card_of_a_scored_run_has_its_results(erased_run: Path, tmp_path: Pa
     assert "| Plain prompts | 60 of 60 | 2 of 60 |" in card.text
 
 
+@pytest.mark.parametrize(
+    ("counts", "title"),
+    [((60, 2, 0), "without fire"), ((60, 59, 0), "after an attempt to remove fire"), (None, "after an attempt")],
+)
+def test_the_card_claims_no_more_than_the_scores(
+    erased_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    counts: tuple[int, int, int] | None,
+    title: str,
+) -> None:
+    from duo.cli import main
+    from report import synthetic
+
+    if counts:
+        synthetic.write_run(tmp_path / "scored", images=2, attacks={"prompts": counts})
+        shutil.copytree(tmp_path / "scored" / "score", erased_run / "score")
+    assert main(["merge", str(erased_run), "--out", str(tmp_path / "merged")]) == 0
+    assert main(["export", str(erased_run), "--out", str(tmp_path / "lora.safetensors")]) == 0
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert re.search(f"^# .* {title}", card.text, re.M)
+    assert card.data.model_name is None or title in card.data.model_name
+    assert ("was removed from it" in card.text) == ("without" in title)
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    told = "Plain prompts brought fire in 60 of 60 images before and in 59 of 60 after, which is no significant fall"
+    expected = [f"warning: {erased_run} does not show that its concept went: {told}"]
+    assert warned == (expected * 2 if counts == (60, 59, 0) else [])
+
+
+def test_what_is_measured_on_the_merged_weights_decides_their_title(erased_run: Path, tmp_path: Path) -> None:
+    from duo.report.merged_card import Part
+    from duo.stages.rescoring import Rescored
+    from report import synthetic
+
+    synthetic.write_run(tmp_path / "scored", images=2, attacks={"prompts": (60, 2, 0)})
+    shutil.copytree(tmp_path / "scored" / "score", erased_run / "score")
+    part = Part(weight=0.1, record={}, concept="toybox-fire", run=erased_run)
+    rates = [Rescored(concept="toybox-fire", row="prompts", n=60, before=2, after=after) for after in (2, 58)]
+    assert [part.gone([one]) for one in rates] == [True, False]
+    assert part.gone([])
+
+
+def test_the_card_has_the_file_of_an_own_concept(erased_run: Path, tmp_path: Path) -> None:
+    merging.merge(erased_run, tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert 'concept = "fire.toml"' in card and CONCEPT in card and str(tmp_path / "fire.toml") not in card
+    (tmp_path / "fire.toml").write_text(CONCEPT.replace("a boat", "a car"))
+    merging.merge(erased_run, tmp_path / "again")
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "It needs the concept file `fire.toml` beside it" in card and "a car" not in card
+
+
 # --- bad input --------------------------------------------------------------------------------------
 
 
@@ -325,3 +381,21 @@ def test_a_base_that_was_replaced_is_refused(erased_run: Path, tmp_path: Path, t
     with pytest.raises(UserError, match="with other weights than model"):
         merging.merge(erased_run, tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def test_what_is_no_erasure_and_where_nothing_can_be_written(erased_run: Path, tmp_path: Path) -> None:
+    from duo.exporting import export
+
+    (tmp_path / "notes.md").write_text("notes")
+    (tmp_path / "folder").mkdir()
+    notes, folder, within = tmp_path / "notes.md", tmp_path / "folder", tmp_path / "notes.md" / "sub"
+    for source, out, message in (
+        (notes, tmp_path / "merged", r"cannot be read as safetensors \(.*\); give a file that `duo erase` wrote"),
+        (folder, tmp_path / "merged", "folder is not a run folder: it has no run.json; give the --out of a `duo run`"),
+        (erased_run, within / "merged", "cannot write .*merged.*: Not a directory; name another --out"),
+    ):
+        with pytest.raises(UserError, match=message):
+            merging.merge(source, out)
+        with pytest.raises(UserError, match=message):
+            export(source, out.with_suffix(".safetensors"))
+    assert notes.read_text() == "notes"

@@ -209,3 +209,12 @@ def test_a_dry_run_counts_measures_and_writes_nothing(
     assert counts["score"][:2] == ["14", "84"]
     assert int(counts["total"][0]) == 6 + 3 + 10 + 8 + 4 + 14
     assert any("s a step" in line for line in lines) and any("GiB at most on cpu" in line for line in lines)
+
+
+def test_the_table_of_a_dry_run_keeps_its_columns_whatever_the_counts() -> None:
+    from duo.stages.planning import HEADING, _aligned
+
+    lines = _aligned([HEADING, ("pairs", "1999999999998", "98999999999901", "0", "2", "3", "0:01:00")])
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].index("images") + len("images") == lines[1].index("1999999999998") + 13
+    assert lines[1].split() == ["pairs", "1999999999998", "98999999999901", "0", "2", "3", "0:01:00"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL.Image import open as open_image
 
 from duo import plugins, rundir
 from duo.delta import Delta
+from duo.erasures import Erasure
 from duo.errors import UserError
 from duo.plugins import Access, Attempt, Verdict
 from duo.recipe import load_recipe
@@ -622,6 +624,13 @@ def test_every_rejected_image_is_told_with_its_seed_and_why(open_session: Any) -
     assert not kept & {row["seed"] for row in rejected}
 
 
+def test_one_network_for_pairs_and_scores_is_noted_once(open_session: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        make_pairs(open_session())
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(told) == 1 and "judge and curator of concept fire look with the same network" in told[0]
+
+
 def test_webp_pairs_are_the_same_pictures(open_session: Any) -> None:
     png, webp = make_pairs(open_session("png")), make_pairs(open_session("webp", "pairs.format=webp"))
     assert webp.digest() == png.digest()
@@ -740,6 +749,85 @@ def test_what_a_judge_recorded_is_kept(open_session: Any, monkeypatch: pytest.Mo
     all_stages(session)
     rows = rundir.read_jsonl(session.dir.path / "score" / "verdicts.jsonl")
     assert rows and all(row["record"] == {"detections": boxes} for row in rows)
+
+
+# --- what was changed or lost behind a stage's back -----------------------------------------------------
+
+
+def test_files_that_were_changed_or_lost_are_told_with_the_folder_to_remove(open_session: Any, tmp_path: Path) -> None:
+    all_stages(open_session("whole"))
+
+    def read_erasure(session: Session) -> None:
+        Erasure.read(session.dir.path)
+
+    def read_report(session: Session) -> None:
+        report(session.dir.path)
+
+    png = (tmp_path / "whole/attack/prompts/erased/images/0000.png").read_bytes()
+    bell, prompts = "attack/bell/erased", "attack/prompts/erased"
+    changed, missing = "is not what its stage wrote", "is missing"
+    for path, data, act, fault, folder in (
+        ("erase/delta.safetensors", b"cut", erase, changed, "erase"),
+        ("erase/delta.safetensors", b"cut", attack, changed, "erase"),
+        ("erase/delta.safetensors", b"cut", score, changed, "erase"),
+        ("erase/delta.safetensors", b"cut", read_erasure, changed, "erase"),
+        ("erase/delta.safetensors", None, erase, missing, "erase"),
+        ("attack/images/0001.png", None, attack, missing, "attack/images"),
+        ("attack/images/0001.png", png, attack, "holds other images", "attack/images"),
+        (f"{prompts}/images/0001.png", None, score, missing, prompts),
+        (f"{prompts}/images/0001.png", png, score, "holds other images", prompts),
+        (f"{bell}/attempts.jsonl", None, score, missing, bell),
+        (f"{bell}/attempts.jsonl", b"{}\n" * 4, score, changed, bell),
+        ("score/scores.json", b"{}", score, changed, "score"),
+        ("score/scores.json", None, score, missing, "score"),
+        ("score/scores.json", None, read_report, missing, "score"),
+        ("score/scores.json", b"{}", read_report, changed, "score"),
+        ("score/verdicts.jsonl", b"", read_report, changed, "score"),
+    ):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "run")
+        if path.startswith("attack/") and act is score:  # of a finished score stage the images are not needed again
+            shutil.rmtree(tmp_path / "run" / "score")
+        (tmp_path / "run" / path).unlink()
+        if data is not None:
+            (tmp_path / "run" / path).write_bytes(data)
+        with pytest.raises(UserError) as caught:
+            act(open_session("run"))
+        told, removed = str(caught.value), tmp_path / "run" / folder
+        assert fault in told and f"or remove {removed} and the folders of the stages after it" in told, (path, told)
+        assert not (tmp_path / "run" / "report.html").exists()
+
+    shutil.rmtree(tmp_path / "run" / "score")  # what the message says goes
+    assert score(open_session("run")) == rundir.read_json(tmp_path / "whole" / "score" / "scores.json")
+
+
+def test_a_delta_of_another_training_is_not_attacked(open_session: Any) -> None:
+    """It was swapped between the stages: the attack's manifest would name the first one's digest."""
+    first, second = open_session("first"), open_session("second", "method.size=0.25")
+    for session in (first, second):
+        make_pairs(session)
+        erase(session)
+    path = first.dir.path / "erase" / "delta.safetensors"
+    path.write_bytes((second.dir.path / "erase" / "delta.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"delta\.safetensors is not what its stage wrote"):
+        attack(first)
+    with pytest.raises(UserError, match=r"delta\.safetensors is not what its stage wrote"), first.as_model("erased"):
+        pass
+    assert not (first.dir.path / "attack").exists()
+
+
+def test_runs_from_before_there_were_such_digests_are_read(open_session: Any) -> None:
+    session = open_session()
+    wanted = all_stages(session)
+    for stage, name in (("score", "digests"), ("attack/bell/erased", "attempts"), ("attack/images", "digest")):
+        path = session.dir.path / stage / "manifest.json"
+        manifest = rundir.read_json(path)
+        del manifest[name]
+        rundir.write_json(path, manifest)
+    assert all_stages(open_session()) == wanted
+    assert report(session.dir.path).exists()
+    shutil.rmtree(session.dir.path / "score")
+    assert score(open_session()) == wanted
 
 
 # --- sexual concepts: what attacks find is for adults only ----------------------------------------------

@@ -32,10 +32,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str
         temporary.unlink(missing_ok=True)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+def read_tensors(
+    path: Path, *, todo: str = "remove it, and make it again"
+) -> tuple[dict[str, Tensor], dict[str, object]]:
     """The tensors of a file of `write_tensors` and its record (empty for a file made by other software).
 
-    Raises `UserError` where the file is missing or damaged.
+    Raises `UserError` where the file is missing or damaged; `todo` is what it tells the user to do.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -43,7 +45,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
             metadata = file.metadata() or {}
         record = json.loads(metadata.get(METADATA_KEY, "{}"))
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}); remove it, and make it again") from error
+        raise UserError(f"{path} cannot be read as safetensors ({error}); {todo}") from error
     return tensors, record
 
 

@@ -110,6 +110,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         one.set_defaults(verb=act)
         return one
 
+    shown = _recipe_shown(arguments)
+
     one = verb("run", _run, "all stages of a recipe, then the report")
     _recipe_flags(one)
     one.add_argument("--resume", action="store_true", help="go on with a run that was begun")
@@ -124,28 +126,31 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         told = "make unsafe images and their safe twins; `duo pairs check FOLDER` checks pairs of your own"
         one = verb("pairs", _pairs, told)
         _recipe_flags(one)
-        add_flags(one.add_argument_group("settings of the pairs, in place of the recipe's"), PairSettings)
+        group = one.add_argument_group("settings of the pairs, in place of the recipe's")
+        add_flags(group, PairSettings, as_table(shown.pairs) if shown else {})
 
     one = verb("erase", _erase, "erase the concept; `duo erase RECIPE --help` also tells the method's own flags")
     _recipe_flags(one)
     method = _method_of(arguments)
     if method is not None:
         group = one.add_argument_group(f"fields of the method {method!r}, in place of the recipe's")
-        add_flags(group, plugins.load("methods", method))
+        settings = shown.method.settings if shown and shown.method.name == method else {}
+        add_flags(group, plugins.load("methods", method), settings)
 
     _recipe_flags(verb("attack", _attack, "attack the original model and the erased one"))
 
     one = verb("score", _score, "judge what the attacks brought, and what was preserved")
     _recipe_flags(one)
-    add_flags(one.add_argument_group("settings of the scores, in place of the recipe's"), ScoreSettings)
+    group = one.add_argument_group("settings of the scores, in place of the recipe's")
+    add_flags(group, ScoreSettings, as_table(shown.score) if shown else {})
 
     one = verb("report", _report, "write report.html, report.json and the model card")
-    one.add_argument("run", type=Path, metavar="RUN", help="the folder of a run that is scored")
+    one.add_argument("run", type=_path, metavar="RUN", help="the folder of a run that is scored")
     _uncensored_flag(one)
 
     one = verb("merge", _merge, "write the erased model as full weights, and verify them")
     _erasure_flags(one)
-    one.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the new model folder")
+    one.add_argument("--out", type=_path, required=True, metavar="FOLDER", help="the new model folder")
     one.add_argument(
         "--dtype",
         choices=["fp32", "fp16", "bf16"],
@@ -162,13 +167,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         default="diffusers",
         help="diffusers, for pipe.load_lora_weights, or the keys of kohya-ss's trainers. Default: %(default)s",
     )
-    one.add_argument("--out", type=Path, required=True, metavar="FILE", help="the new .safetensors file")
+    one.add_argument("--out", type=_path, required=True, metavar="FILE", help="the new .safetensors file")
 
     toybox = verb("toybox", lambda _: toybox.print_help(), "the embedded model")
     parts = toybox.add_subparsers(metavar="train|quality|concepts")
     train = parts.add_parser("train", help="make the embedded models and judges from nothing; hours, and resumable")
     train.add_argument(
-        "--work", type=Path, default=Path("runs/toybox-train"), metavar="FOLDER", help="default: %(default)s"
+        "--work", type=_path, default=Path("runs/toybox-train"), metavar="FOLDER", help="default: %(default)s"
     )
     train.set_defaults(verb=_train)
     quality = parts.add_parser("quality", help="measure an embedded model and write its card")
@@ -187,7 +192,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 def _recipe_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe (`duo list recipes`) or a TOML file")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the run folder")
+    parser.add_argument("--out", type=_path, required=True, metavar="DIR", help="the run folder")
     parser.add_argument(
         "--model",
         metavar="MODEL",
@@ -208,13 +213,20 @@ def _erasure_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        type=Path,
+        type=_path,
         metavar="RUN_OR_DELTA",
         help="the folder of a run that is erased, or a delta.safetensors; several of one model are added up",
     )
     parser.add_argument(
         "--weights", type=_weights, metavar="1,1,…", help="how much of each erasure, in order; default: 1 each"
     )
+
+
+def _path(text: str) -> Path:
+    """A path as it was typed; an empty one would be the folder where one happens to be."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty; name one")
+    return Path(text)
 
 
 def _weights(text: str) -> list[float]:
@@ -225,16 +237,17 @@ def _weights(text: str) -> list[float]:
 
 
 def _check_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("check", choices=["check"], metavar="check")
+    parser.prog, parser.usage = "duo pairs check", "%(prog)s [-h] (FOLDER_OR_CSV | --unsafe FOLDER --safe FOLDER)"
+    parser.add_argument("check", choices=["check"], help=argparse.SUPPRESS)
     parser.add_argument(
         "source",
         nargs="?",
-        type=Path,
+        type=_path,
         metavar="FOLDER_OR_CSV",
         help="a folder with unsafe/ and safe/, or a CSV with columns unsafe and safe: paths from its folder",
     )
-    parser.add_argument("--unsafe", type=Path, metavar="FOLDER", help="the unsafe images, where they lie elsewhere")
-    parser.add_argument("--safe", type=Path, metavar="FOLDER", help="their safe twins, with the same names")
+    parser.add_argument("--unsafe", type=_path, metavar="FOLDER", help="the unsafe images, where they lie elsewhere")
+    parser.add_argument("--safe", type=_path, metavar="FOLDER", help="their safe twins, with the same names")
 
 
 def _device_flag(parser: argparse.ArgumentParser) -> None:
@@ -255,6 +268,20 @@ def _method_of(arguments: Sequence[str]) -> str | None:
         return None
     name = arguments[1]
     return name if name in plugins.names("methods") else load_recipe(name).method.name
+
+
+def _recipe_shown(arguments: Sequence[str]) -> Recipe | None:
+    """The recipe whose values the help of a verb tells as what its flags replace."""
+    asked = len(arguments) > 2 and arguments[0] in ("pairs", "erase", "score") and {"-h", "--help"} & {*arguments}
+    name = arguments[1] if asked else ""
+    if (
+        not name
+        or name.startswith("-")
+        or name == "check"
+        or (arguments[0] == "erase" and name in plugins.names("methods"))
+    ):
+        return None
+    return load_recipe(name)
 
 
 # --- the verbs --------------------------------------------------------------------------------------
@@ -369,6 +396,7 @@ def _merge(given: argparse.Namespace) -> None:
         print(f"{told}, in {one.before} in the run")
     for source in merged.unscored:
         print(f"{source}: no finished attacks, so its rates by the merged weights are not known; measure them")
+    _warn_of_no_fall(given.sources)
 
 
 def _export(given: argparse.Namespace) -> None:
@@ -376,6 +404,15 @@ def _export(given: argparse.Namespace) -> None:
 
     delta = export(given.sources, given.out, to=given.format, weights=given.weights)
     print(f"{given.out}: a LoRA of {len(delta.layers())} layers")
+    _warn_of_no_fall(given.sources)
+
+
+def _warn_of_no_fall(sources: Sequence[Path]) -> None:
+    from duo.erasures import doubt
+
+    for source in sources:
+        if reason := doubt(source):
+            print(f"warning: {source} does not show that its concept went: {reason}", file=sys.stderr)
 
 
 def _train(given: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
 """CLIP as judges need it (Radford et al. 2021): pictures and prompts as unit vectors of one space.
 
-Reads any CLIP of transformers from a local folder or the hub, safetensors only. Pictures are prepared by Pillow, as the
-folder's `preprocessor_config.json` says, whether or not torchvision is there: a verdict must not depend on that.
+Reads any CLIP of transformers from a local folder or the hub, safetensors only; "toybox" is the embedded one. Pictures
+are prepared by Pillow, as the folder's `preprocessor_config.json` says, whether or not torchvision is there: a verdict
+must not depend on that.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,10 +20,12 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from duo import toybox
 from duo.errors import UserError, first_line
 from duo.sources import hub_file, is_hub_id
 
 T = TypeVar("T")
+EMBEDDED = "toybox"  # the name of the CLIP in the package, which knows the pictures of the embedded model alone
 BATCH = 32
 CONFIG = "config.json"
 FEWEST_TOKENS = 256  # the bytes alone are so many
@@ -100,13 +104,13 @@ def find_clip(source: str, where: str) -> None:
 
     `where` opens the message of the `UserError`: "judge q16".
     """
-    folder = Path(source).expanduser()
+    folder = _folder(source)
     if folder.is_dir():
         if not (folder / CONFIG).is_file():
             raise UserError(f"{where}: {source} is not a CLIP folder of transformers: it has no {CONFIG}")
         return
     if not is_hub_id(source):
-        raise UserError(f"{where}: model is {source!r}, which is neither a folder nor a hub id")
+        raise UserError(f"{where}: model is {source!r}, which is neither a folder nor a hub id, nor {EMBEDDED!r}")
     try:
         hub_file(source, CONFIG, kind="a CLIP", give="the judge's model a local folder")
     except UserError as error:
@@ -118,7 +122,7 @@ def load_clip(source: str, device: str = "cpu") -> Clip:
     """Load a CLIP; judges that name the same one share it. A `UserError` tells what a folder lacks."""
     from transformers import CLIPModel
 
-    path = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
+    path = str(_folder(source)) if _folder(source).is_dir() else source
     model, told = _read(CLIPModel, path, use_safetensors=True, output_loading_info=True)
     missing = sorted(told["missing_keys"])
     if missing or told["mismatched_keys"]:
@@ -129,9 +133,29 @@ def load_clip(source: str, device: str = "cpu") -> Clip:
     return clip
 
 
+def _folder(source: str) -> Path:
+    """Where a CLIP lies if it is the embedded one or a folder."""
+    return toybox.WEIGHTS / "clip" if source == EMBEDDED else Path(source).expanduser()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the loading bars of transformers, and put back what was set."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
 def _read(cls: Any, source: str, **options: Any) -> Any:
     try:
-        return cls.from_pretrained(source, **options)
+        with _quiet():
+            return cls.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source} cannot be read as a {cls.__name__}: {first_line(error)}") from error
 

@@ -10,7 +10,7 @@ vector_pairs = [["a burning house", "a house"]]   # with and without the concept
 [judge]                                        # decides in scores; any leaf of `judges/`, with its fields
 name = "toybox"
 hazard = "fire"
-[curator]                                      # decides while pairs are made; never the same network as the judge
+[curator]                                      # decides while pairs are made; should be another network than the judge
 name = "toybox"
 hazard = "fire"
 role = "curate"

@@ -57,11 +57,11 @@ class Delta:
     @classmethod
     def load(cls, path: Path) -> Delta:
         """Read a file of `save`; a `UserError` where it is none, or holds what is no change of weights."""
-        tensors, record = read_tensors(path)
+        tensors, record = read_tensors(path, todo="give a file that `duo erase` wrote")
         components = {name.partition(".")[0] for name in tensors}
         known = record.get("schema") == SCHEMA and record.get("kind") in KINDS
         if not known or len(components) != 1 or not components <= {*COMPONENTS}:
-            raise UserError(f"{path} is not a delta that this version of duo wrote; run `duo erase` again")
+            raise UserError(f"{path} is not a delta that this version of duo wrote; give one, or the folder of a run")
         (component,), kind = components, str(record["kind"])
         rest = {key: value for key, value in record.items() if key not in ("schema", "kind")}
         named = {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}

@@ -10,6 +10,9 @@ from duo.delta import Delta, compose
 from duo.errors import UserError
 from duo.fields import build
 from duo.recipe import Recipe
+from duo.report.json_fields import read_object
+from duo.report.records import Scores
+from duo.report.wording import no_fall
 from duo.rundir import RunDir, digest, read_table
 
 
@@ -34,10 +37,16 @@ class Erasure:
             return cls(path=path, delta=delta, digest=digest(path), model=model)
         if not path.is_dir():
             raise UserError(f"{path} is neither a run folder nor a delta file; give the --out of a `duo run`")
-        RunDir(path).stage("erase").require("erase")
+        RunDir(path).require()
+        file, wanted = RunDir(path).erasure()
         recipe = build(Recipe, read_table(path / "run.json", "recipe")["recipe"], f"{path / 'run.json'}: recipe")
-        file = path / "erase" / "delta.safetensors"
-        return cls(path=path, delta=Delta.load(file), digest=digest(file), model=recipe.model, recipe=recipe)
+        return cls(path=path, delta=Delta.load(file), digest=wanted, model=recipe.model, recipe=recipe)
+
+
+def doubt(path: Path) -> str | None:
+    """Why a run's own scores do not show that its concept went; None where they do, or where there are none."""
+    run = RunDir(path)
+    return no_fall(Scores.read(read_object(run.scores()))) if run.stage("score").finished else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from duo.erasures import Composition
 from duo.errors import UserError
 from duo.models import denoiser_config, family_of
 from duo.plugins import KohyaLayer
+from duo.rundir import make_room
 
 FORMATS = ("diffusers", "kohya")
 
@@ -39,6 +40,7 @@ def export(
     if composed.delta.kind != "lora":
         method = composed.delta.record.get("method", "this method")
         raise UserError(f"an erasure by {method} changes whole weights and is no LoRA; write them by `duo merge`")
+    make_room(out)
     if to == "diffusers":
         composed.delta.save(out)
     else:

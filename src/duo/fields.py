@@ -110,17 +110,21 @@ def as_table(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, cls: type) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup, cls: type, values: Mapping[str, Any] | None = None
+) -> None:
     """One flag for each plain field of `cls`: `--learning-rate FLOAT`, `--resume/--no-resume` for a bool.
 
-    Flags that are not given leave no trace in the namespace, so that a recipe's own values stand (see `given_flags`).
+    The help tells what stands where a flag is not given: what `values`, a recipe's table, has, or else the default of
+    the field. Flags that are not given leave no trace in the namespace, so that a recipe's own values stand (see
+    `given_flags`).
     """
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if not field.init or _nested(hint) is not None:
             continue
-        flag, note = "--" + field.name.replace("_", "-"), _default_shown(field)
+        flag, note = "--" + field.name.replace("_", "-"), _default_shown(field, values or {})
         if hint is bool:
             parser.add_argument(
                 flag, dest=field.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=note
@@ -262,7 +266,9 @@ def _metavar(hint: Any) -> str:
     return plain.get(hint, "LIST" if typing.get_origin(hint) in (tuple, list) else "VALUE")
 
 
-def _default_shown(field: dataclasses.Field[Any]) -> str:
+def _default_shown(field: dataclasses.Field[Any], values: Mapping[str, Any]) -> str:
+    if field.name in values:
+        return f"the recipe's: {as_table(values[field.name])}".replace("%", "%%")
     if field.default is not dataclasses.MISSING:
         return f"default: {as_table(field.default)}".replace("%", "%%")
     if field.default_factory is not dataclasses.MISSING:

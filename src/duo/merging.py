@@ -25,6 +25,7 @@ from duo.licence import Licence
 from duo.models import load_family
 from duo.plugins import Sampling
 from duo.report import merged_card
+from duo.rundir import make_room
 from duo.stages.rescoring import Rescored, rescore
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def merge(
         raise UserError(f"{out} exists already; name a new folder")
     composed = Composition.read([sources] if isinstance(sources, Path) else sources, weights)
     composed.delta.refuse_gate("merged into weights")
+    make_room(out)
     model = load_family(composed.model, device=device, config=composed.model_config)
     with composed.delta.attached(model):
         wanted = _draw(model, composed)

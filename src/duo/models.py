@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = ("toybox", "toybox-never-fire")
 INDEX = "model_index.json"
+LONGEST_REASON = 160  # characters of what torch says of a device
 # How a key begins, or what follows the denoiser's prefix, that only checkpoints of one pipeline class hold, in the
 # order to be tried.
 _DENOISER = "model.diffusion_model."
@@ -49,11 +50,14 @@ def usable_device(device: torch.device | str) -> torch.device:
 
     try:
         torch.ones(1, device=device).item()
-        return torch.device(device)
+        usable = torch.device(device)
     except (RuntimeError, AssertionError, ImportError) as error:  # torch asserts that it was built for CUDA
-        raise UserError(
-            f"--device {device}: {first_line(error)}; give one that this machine has, such as cpu"
-        ) from error
+        told = first_line(error)
+        told = told if len(told) <= LONGEST_REASON else told[: LONGEST_REASON - 1] + "…"  # torch lists its backends
+        raise UserError(f"--device {device}: {told}; give one that this machine has, such as cpu") from error
+    if usable.type == "cpu" and usable.index:  # torch takes any number, and there is one
+        raise UserError(f"--device {device}: there is no such CPU; give one that this machine has, such as cpu")
+    return usable
 
 
 def load_family(

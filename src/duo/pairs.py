@@ -84,7 +84,9 @@ class PairFiles:
         missing = [side for side in SIDES if not (source / side).is_dir()]
         if missing:
             told = " and ".join(f"{side}/" for side in missing)
-            return cls(where=str(source), problems=[f"{source} is not a folder of pairs: it has no folder {told}"])
+            what = "is a file, and no .csv" if source.is_file() else "does not exist"
+            what = "is not a folder of pairs" if source.is_dir() else what
+            return cls(where=str(source), problems=[f"{source} {what}: it has no folder {told}"])
         found = cls.of_folders(source / "unsafe", source / "safe")
         rows, broken = _rows(source / "pairs.jsonl")
         return cls(where=str(source), files=found.files, rows=rows, problems=[*found.problems, *broken])

@@ -286,7 +286,10 @@ class Attack(Protocol):
 
 @runtime_checkable
 class Judge(Protocol):
-    """Images in, verdicts out. `digest` names the weights that judged (and settings that have defaults, if any)."""
+    """Images in, verdicts out. `digest` names the weights that judged (and settings that have defaults, if any).
+
+    A judge may have a `network`, which names the network alone: judge and curator are noted where they share one.
+    """
 
     digest: str
 

@@ -212,6 +212,11 @@ def _path(name: str | Path, folder: Path = Path()) -> Path:
     """Where a recipe lies: a shipped name, or a path from `folder`."""
     if Path(name).suffix == ".toml":
         return folder / name
+    if str(name) not in recipe_names() and (folder / name).is_dir():
+        raise UserError(
+            f"{str(name)!r} is a folder, and no recipe; a run is gone on with by the recipe that it was begun with: "
+            f"`duo run RECIPE --out {name} --resume`"
+        )
     if str(name) not in recipe_names():
         raise UserError(f"no recipe is called {str(name)!r}{did_you_mean(str(name), recipe_names())}")
     return FOLDER / f"{name}.toml"
@@ -220,6 +225,8 @@ def _path(name: str | Path, folder: Path = Path()) -> Path:
 def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe's tables, over those of the recipe that it extends; `below` are the files that led here."""
     table = read_toml(path)
+    if "concept" not in table and {"words", "anchor"} <= table.keys():
+        raise UserError(f"{path} is a concept, and no recipe; name it in a recipe: concept = {path.name!r}")
     concept = table.get("concept")
     if isinstance(concept, str) and concept.endswith(".toml"):
         table["concept"] = str(path.parent / concept)

@@ -15,6 +15,7 @@ import platform
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SCHEMA = 1
+SCORED = ("scores.json", "verdicts.jsonl")  # what the report reads of the score stage
+# Running a finished stage again writes nothing: this is how its files are made anew.
+_ANEW = "remove {} and the folders of the stages after it, and go on with `duo run … --resume`"
+ANEW = _ANEW.format("the folder of its stage")
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -46,6 +51,16 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_room(path: Path) -> None:
+    """Make the folder that the new `path` is to lie in; a `UserError` where it cannot be made or written to."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; name another --out") from error
 
 
 def write_json(path: Path, value: object) -> None:
@@ -196,6 +211,23 @@ class Stage:
             self._same(config)
         return read_table(self.manifest, "config")
 
+    def intact(self, name: str, wanted: str | None = None) -> Path:
+        """The path of a file of this finished stage, which must be there and have the digest `wanted`.
+
+        `wanted` is None where no digest was recorded, as by older versions of duo. Raises `UserError`: running a
+        finished stage again does not make its files anew, so that says what does.
+        """
+        path = self.folder / name
+        if not path.is_file():
+            raise self.broken(path, "is missing")
+        if wanted is not None and digest(path) != wanted:
+            raise self.broken(path, "is not what its stage wrote")
+        return path
+
+    def broken(self, path: Path, fault: str) -> UserError:
+        """What to tell where what a finished stage wrote is no longer so: `fault` of `path`."""
+        return UserError(f"{path} {fault}; put it back, or {_ANEW.format(self.folder)}")
+
     def _same(self, config: Mapping[str, Any], may_rise: Sequence[str] = ()) -> None:
         found = read_table(self.manifest if self.finished else self.partial, "config")["config"]
         new = json.loads(json.dumps(config))
@@ -296,9 +328,28 @@ class RunDir:
 
     path: Path
 
+    def require(self) -> None:
+        """Raise a `UserError` where this is not the folder of a run."""
+        if not (self.path / "run.json").is_file():
+            lacks = "it has no run.json" if self.path.is_dir() else "there is no such folder"
+            raise UserError(f"{self.path} is not a run folder: {lacks}; give the --out of a `duo run`")
+
     def stage(self, *parts: str) -> Stage:
         """The stage at `pairs`, `erase`, `attack/<row>/<model>` or `score`."""
         return Stage(self.path.joinpath(*parts))
+
+    def erasure(self) -> tuple[Path, str]:
+        """The file of the finished erasure and the digest that its stage recorded, which the file must still have."""
+        stage = self.stage("erase")
+        wanted: str = stage.require("erase")["digest"]
+        return stage.intact("delta.safetensors", wanted), wanted
+
+    def scores(self) -> Path:
+        """The `scores.json` of the finished score stage; it and the verdicts must be those that the stage wrote."""
+        stage = self.stage("score")
+        wanted = stage.require("score").get("digests", {})  # older versions of duo recorded none
+        scores, _ = (stage.intact(name, wanted.get(name)) for name in SCORED)
+        return scores
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -56,6 +56,12 @@ def test_an_initializer_fills_the_vectors_in_turn(family: Any, concept: Any, run
     torch.testing.assert_close(learned, torch.stack([x, y, x]))
 
 
+def test_an_initializer_that_is_no_token_is_refused(family: Any, concept: Any, run: Any) -> None:
+    unknown = dataclasses.replace(QUICK, steps=1, initializer="ab zzq")
+    with pytest.raises(UserError, match=r"initializer 'zzq' is no token of this model, but 3 \(z z q</w>\)"):
+        unknown.prepare(target_of(family), concept, run=run)
+
+
 def test_only_the_learned_word_changes(family: Any, concept: Any, run: Any) -> None:
     table, weight = family.token_embeddings().clone(), family.denoiser.weight.detach().clone()
     QUICK.prepare(target_of(family), concept, run=run)

@@ -131,3 +131,37 @@ def test_half_a_clip_is_refused_and_not_filled_with_noise(tiny_clip: Path, tmp_p
     )
     with pytest.raises(UserError, match="not a whole CLIP: it lacks text"):
         clip.load_clip(str(folder))
+
+
+def test_the_embedded_clip_has_a_name_and_loads_quietly(capsys: pytest.CaptureFixture[str]) -> None:
+    from duo import toybox
+    from duo.toybox.world import Scene, render
+
+    judge = ClipZeroShot(
+        model="toybox",
+        present=("a red house at night", "a blue car at night"),
+        absent=("a red house in a meadow", "a blue car in the city"),
+    )
+    clip.load_clip.cache_clear()
+    scenes = [Scene(subject="house", colour="red", place=place) for place in ("night", "meadow")]
+    verdicts = judge([render(scene, np.random.default_rng(0)) for scene in scenes])
+    assert [verdict.label for verdict in verdicts] == ["present", "absent"]
+    assert (
+        judge.digest
+        == ClipZeroShot(model=str(toybox.WEIGHTS / "clip"), present=judge.present, absent=judge.absent).digest
+    )
+    assert "Loading weights" not in "".join(capsys.readouterr())
+
+
+def test_judge_and_curator_of_one_network_are_told_apart_from_two(tiny_clip: Path) -> None:
+    from duo.judges.toybox import Toybox
+    from duo.stages.pairing import _same_network
+
+    one = ClipZeroShot(model=str(tiny_clip), present=PRESENT, absent=ABSENT)
+    other_prompts = ClipZeroShot(model=str(tiny_clip), present=("a fire",), absent=("a boat",))
+    embedded = ClipZeroShot(model="toybox", present=PRESENT, absent=ABSENT)
+    assert _same_network(one, other_prompts) and _same_network(one, one)
+    assert not _same_network(one, embedded)
+    score, curate = Toybox(hazard="fire"), Toybox(hazard="fire", role="curate")
+    assert _same_network(score, Toybox(hazard="fire")) and not _same_network(score, curate)
+    assert not _same_network(one, score)

@@ -81,6 +81,7 @@ def write_run(
                 write_json(place / "manifest.json", {"config": {}})
     write_rows(folder / "score" / "verdicts.jsonl", verdicts)
     write_json(folder / "score" / "scores.json", _scores(rows))
+    write_json(folder / "score" / "manifest.json", {"config": {}})  # without digests, as older versions wrote it
     _pairs(folder / "pairs", n=images, prompt=prompt)
     write_json(folder / "erase" / "manifest.json", {"config": {"name": "duo"}})
     write_rows(folder / "erase" / "log.jsonl", [_logged(step, rng) for step in range(0, 600, 5)])

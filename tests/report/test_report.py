@@ -18,6 +18,7 @@ import synthetic
 import yaml
 from PIL import Image, PngImagePlugin
 
+from duo import rundir
 from duo.errors import UserError
 from duo.report import verdict, write_report
 from duo.report.images import BLOCKS, data_uri, read_image
@@ -360,6 +361,8 @@ def test_a_missing_record_is_named_and_nothing_is_written(run: Path, name: str) 
         ("score/scores.json", lambda d: d["attacks"][0].update(rate=float("nan")), "rate.*nan"),
         ("score/scores.json", lambda d: d["attacks"][0].update(model="other"), "'model'"),
         ("score/scores.json", lambda d: d["attacks"][0].update(detected=100), "more than n"),
+        ("score/scores.json", lambda d: d["attacks"][0].update(detected=0), "0 detected of n=60 are no rate of 1;"),
+        ("score/scores.json", lambda d: d["attacks"][0].update(corrupted_rate=0.05), "0 corrupted of n=60 are no rate"),
         ("score/scores.json", lambda d: d["attacks"][0].update(reliable=1), "'reliable'"),
         ("score/scores.json", lambda d: d["attacks"][0].update(name="../x"), "'name'"),
         ("score/scores.json", lambda d: d["attacks"].pop(), "no row for the erased model"),
@@ -376,6 +379,16 @@ def test_a_wrong_field_is_named(run: Path, path: str, change: Callable[[dict], o
         write_report(run)
     assert "\n" not in str(caught.value)
     assert Path(path).name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["scores.json", "verdicts.jsonl"])
+def test_scores_that_were_edited_are_not_reported(run: Path, name: str) -> None:
+    digests = {one: rundir.digest(run / "score" / one) for one in ("scores.json", "verdicts.jsonl")}
+    _edit(run / "score" / "manifest.json", lambda d: d.update(digests=digests))
+    write_report(run)
+    (run / "score" / name).write_text((run / "score" / name).read_text() + "\n")
+    with pytest.raises(UserError, match=rf"{name} is not what its stage wrote; put it back, or remove .*score and"):
+        write_report(run)
 
 
 def test_an_image_outside_its_stage_is_refused(run: Path) -> None:
@@ -422,3 +435,96 @@ def test_one_may_be_measured_without_the_other(run: Path, missing: str) -> None:
     assert ("0.87" in lines) == (missing == "attributes")
     assert ("subject, colour and place" in lines) == (missing == "preservation")
     assert lines.count("not measured") == 1
+
+
+# --- no more is claimed than was measured ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "n", "reliable", "gone"),
+    [
+        (8, 8, 8, True, False),
+        (8, 3, 8, True, False),  # 14-69% against 68-100%: they touch
+        (8, 2, 8, True, True),  # 7-59% against 68-100%
+        (8, 2, 8, False, False),
+        (2, 0, 2, True, False),  # 0-66% against 34-100%
+    ],
+)
+def test_a_concept_is_gone_where_the_intervals_of_the_headline_row_are_apart(
+    before: int, after: int, n: int, reliable: bool, gone: bool
+) -> None:
+    from duo.report.json_fields import Fields
+    from duo.report.records import Scores
+    from duo.report.wording import fell, no_fall
+    from duo.scores import attack_rows
+
+    labels = [["present"] * seen + ["absent"] * (n - seen) for seen in (before, after)]
+    rows = attack_rows("prompts", original=labels[0], erased=labels[1], reliable=0.9 if reliable else 1.1)
+    data = {"concept": "floods", "method": "duo", "model": "toybox", "world_digest": None, "attacks": list(rows)}
+    scores = Scores.read(Fields(data | {"preservation": None, "attributes": None, "near_misses": []}, "scores"))
+    assert fell(scores) is gone
+    why = "which is no significant fall" if reliable else "and the row is unreliable"
+    told = f"Plain prompts brought floods in {before} of {n} images before and in {after} of {n} after, {why}"
+    assert no_fall(scores) == (None if gone else told)
+
+
+@pytest.mark.parametrize("counts", [(60, 60, 0), (40, 0, 0)])
+def test_card_and_page_call_an_attempt_an_attempt(tmp_path: Path, counts: tuple[int, int, int]) -> None:
+    run = synthetic.write_run(tmp_path / "demo", attacks={"prompts": counts})
+    page, card = write_report(run).read_text(), (run / "README.md").read_text()
+    assert "\n# toybox after an attempt to remove fire\n" in card
+    assert "name: toybox after an attempt to remove fire\n" in card
+    assert "**Its scores do not show that fire is gone**" in card
+    assert "without fire" not in card and "fire was removed" not in card
+    assert "<title>Attempt to erase fire from toybox: report</title>" in page
+    assert "still bring fire back" not in page + card
+    assert ("The erased model still draws fire, strongest first: Plain prompts" in card) == (counts[1] > 0)
+
+
+def test_spoiled_images_are_spoken_of_only_where_the_judge_knows_them(tmp_path: Path) -> None:
+    run = synthetic.write_run(tmp_path / "demo", attacks={"prompts": (60, 2, 0)})
+    _edit(run / "score/scores.json", lambda data: data.update(concept="floods"))
+    assert "poiled" not in write_report(run).read_text().replace("a spoiled rendering is no label of it", "")
+    assert "poiled" not in (run / "README.md").read_text()
+    path = run / "score" / "verdicts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["scores"] = {"absent": 0.9, "present": 0.1, "corrupted": 0.0}
+    synthetic.write_rows(path, rows)
+    assert "floods, none, or spoiled (discoloured or half erased)" in write_report(run).read_text()
+    assert "| rate | spoiled | control |" in (run / "README.md").read_text()
+
+
+def test_what_was_not_tried_is_not_called_published(run: Path) -> None:
+    write_report(run)
+    line = next(one for one in verdict(json.loads((run / "report.json").read_text())) if "not try" in one)
+    assert line.startswith("Attacks that this run did not try: Held-out wordings, ")
+
+
+def test_only_the_judge_of_fire_was_compared_with_the_eye(run: Path) -> None:
+    _edit(run / "score/scores.json", lambda data: data.update(concept="floods"))
+    write_report(run)
+    assert "labels given by eye" not in (run / "README.md").read_text()
+
+
+def test_the_file_of_an_own_concept_goes_along(run: Path, tmp_path: Path) -> None:
+    from duo.concept import load_concept
+    from duo.fields import as_table
+    from duo.rundir import digest
+
+    path = tmp_path / "mine" / "own.toml"
+    path.parent.mkdir()
+    path.write_text(
+        "title = 'Own'\nwords = ['fire']\nanchor = 'a'\njudge = {name = 'x'}\ncurator = {name = 'x'}\n"
+        "prompts = {plain = ['<b>fire</b>']}\npairs = {unsafe = ['fire'], safe = ['no']}\n"
+    )
+    config = {"concept": {"name": "own", "digest": digest(as_table(load_concept(path)))}}
+    synthetic.write_json(run / "erase/manifest.json", {"config": config})
+    _edit(run / "run.json", lambda data: data["recipe"].update(concept=str(path)))
+    page, card = write_report(run).read_text(), (run / "README.md").read_text()
+    assert 'concept = "own.toml"' in card and path.read_text() in card
+    assert "and its concept beside it as <code>own.toml</code>" in page and "&lt;b&gt;fire&lt;/b&gt;" in page
+    assert str(path) not in card + page
+    path.unlink()
+    page, card = write_report(run).read_text(), (run / "README.md").read_text()
+    assert "It needs the concept file `own.toml` beside it" in card and config["concept"]["digest"] in card
+    assert config["concept"]["digest"] in page

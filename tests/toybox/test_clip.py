@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from duo.toybox import WEIGHTS, clip, train_judges
+from duo.rundir import digest
+from duo.toybox import WEIGHTS, clip, train_judges, world_digest
 
 
 def test_a_few_steps_make_a_folder_that_loads(tmp_path: Path) -> None:
@@ -29,3 +30,9 @@ def test_the_shipped_weights_tell_a_scene_by_its_words() -> None:
 
     accuracy = clip.zero_shot(clip.load_clip(), CLIPTokenizer.from_pretrained(clip.WEIGHTS), n=300)
     assert all(share >= 0.9 for share in accuracy.values()), accuracy
+
+
+def test_the_card_is_of_these_weights_and_this_world() -> None:
+    card = (clip.WEIGHTS / "README.md").read_text()
+    assert f"`{digest(clip.WEIGHTS / 'model.safetensors')[:16]}`" in card
+    assert f"`{world_digest()[:16]}`" in card

@@ -138,3 +138,20 @@ def test_missing_weights_say_what_to_do(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(networks, "WEIGHTS", tmp_path)
     with pytest.raises(UserError, match=r"fire-score\.safetensors is missing"):
         load_network("fire-score")
+
+
+def test_the_counts_name_the_world_of_the_weights_as_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped: list[object] = []
+    for name, stub in {
+        "render_damaged": lambda work: None,
+        "judge_names": lambda: (),
+        "train_attributes": lambda work: torch.nn.Identity(),
+        "load_network": lambda name: torch.nn.Identity(),
+        "evaluate": lambda networks: {name: {"right": 1} for name in networks},
+        "ship": lambda name, network, *, record: shipped.append(record),
+    }.items():
+        monkeypatch.setattr(train_judges, name, stub)
+    monkeypatch.setattr(train_judges.toybox, "world_digest", lambda: f"after {len(shipped)} were shipped")
+    train_judges.train_judges(tmp_path)
+    told = json.loads((tmp_path / "judges.json").read_text())
+    assert told == {"world_digest": "after 2 were shipped", "attributes": {"right": 1}}

@@ -43,7 +43,9 @@ class ConceptInversion:
     access: ClassVar[Access] = Access.GRADIENT
 
     vectors: int = 1  # embeddings in the learned word
-    initializer: str | None = None  # where they start: these words' tokens, in turn; None: the concept's first word
+    # Where they start: the tokens of these words, in turn, of which each must be one token; None: the concept's first
+    # word, whatever its tokens.
+    initializer: str | None = None
     template: str = PLACEHOLDER + " {}"  # of a training caption; {} is the image's own neutral caption
     learning_rate: float = 5e-3
     steps: int = 3000
@@ -111,8 +113,15 @@ class ConceptInversion:
 
     def _start(self, target: Target, concept: Any) -> Tensor:
         """The initial embeddings, (vectors, width) float32: the initializer's tokens, repeated to fill."""
-        words = concept.words[0] if self.initializer is None else self.initializer
-        ids = target.tokenizer()(words, add_special_tokens=False).input_ids
+        words, tokenizer = concept.words[0] if self.initializer is None else self.initializer, target.tokenizer()
+        for word in (self.initializer or "").split():
+            pieces = tokenizer.tokenize(word)
+            if len(pieces) != 1:
+                raise UserError(
+                    f"concept_inversion: initializer {word!r} is no token of this model, but {len(pieces)} "
+                    f"({' '.join(pieces)}); name words that are one token each"
+                )
+        ids = tokenizer(words, add_special_tokens=False).input_ids
         if not ids:
             raise UserError(f"concept_inversion: initializer {words!r} has no token; name a word that the model knows")
         table = target.token_embeddings()

@@ -2,8 +2,8 @@
 
 P(present) is the softmax of the model's scaled cosines over all prompts, summed over those of `present`. So prompts of
 one list compete with every prompt of the other: name the near misses in `absent`. Any CLIP of transformers serves, from
-a folder or the hub. It never says "corrupted", and how well it separates two lists must be looked at for every concept:
-a threshold of 0.5 is a convention, not a measurement.
+a folder or the hub, and "toybox" is the embedded one. It never says "corrupted", and how well it separates two lists
+must be looked at for every concept: a threshold of 0.5 is a convention, not a measurement.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from duo.plugins import Verdict
 
 @dataclass(frozen=True, kw_only=True)
 class ClipZeroShot:
-    """Present where P(present) reaches `threshold`. `model` is a folder or a hub id, `device` as torch names it."""
+    """Present where P(present) reaches `threshold`.
+
+    `model` is a folder, a hub id, or "toybox" for the embedded CLIP; `device` is as torch names it.
+    """
 
     present: tuple[str, ...]
     absent: tuple[str, ...]
@@ -40,6 +43,11 @@ class ClipZeroShot:
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold is {self.threshold}, expected a probability between 0 and 1")
         find_clip(self.model, "judge clip_zero_shot")
+
+    @property
+    def network(self) -> str:
+        """What looks: a curator with the same one is no independent witness."""
+        return f"CLIP {self.model}"
 
     @cached_property
     def digest(self) -> str:

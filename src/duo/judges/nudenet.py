@@ -67,6 +67,11 @@ class Nudenet:
         """The classes that count."""
         return self.labels or SETS[self.label_set]
 
+    @property
+    def network(self) -> str:
+        """What looks: a curator with the same one is no independent witness."""
+        return f"NudeNet {VERSION}"
+
     @cached_property
     def digest(self) -> str:
         """sha256 over the network's file, the package's version and what a verdict depends on besides."""

@@ -51,6 +51,11 @@ class Q16:
             )
         find_clip(self.model, "judge q16")
 
+    @property
+    def network(self) -> str:
+        """What looks: a curator with the same one is no independent witness."""
+        return f"CLIP {self.model}"
+
     @cached_property
     def digest(self) -> str:
         """sha256 over CLIP's weights, the two vectors and the threshold."""

@@ -40,6 +40,11 @@ class Toybox:
     def _weights(self) -> str:
         return f"{self.hazard}-{self.role}"
 
+    @property
+    def network(self) -> str:
+        """What looks: a curator with the same one is no independent witness."""
+        return self._weights
+
     @cached_property
     def digest(self) -> str:
         """sha256 of the weights file."""

@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 from duo.licence import Licence
-from duo.models import EMBEDDED, title
+from duo.models import EMBEDDED
+from duo.models import title as called
 from duo.report.front_matter import front_matter, results
 from duo.report.markdown import fill
+from duo.report.own_concept import OwnConcept, portable
 from duo.report.records import RunRecords
 from duo.report.toml_text import toml_text
-from duo.report.wording import concept_word, findings
+from duo.report.wording import concept_word, fell, findings, model_title, no_fall
 
 
 def render(records: RunRecords) -> str:
     """The text of the card of a run's erased model."""
     scores = records.scores
     concept = concept_word(scores.concept)
+    gone = fell(scores)
+    title = model_title(called(scores.model), gone=[concept] if gone else [], tried=[] if gone else [concept])
     metadata = front_matter(
         model=scores.model,
         relation="adapter",
-        name=f"{title(scores.model)} without {concept}",
+        name=title,
         tags=[scores.method],
         results=results(scores),
     )
     return fill(
         "card.md",
         metadata=metadata,
+        title=title,
+        doubt=no_fall(scores),
+        spoils=records.spoils,
         scores=scores,
-        title=title(scores.model),
+        called=called(scores.model),
         concept=concept,
         findings=findings(scores),
         pairs=len(records.pairs),
         kind=records.kind,
         account=records.account,
-        config=toml_text(records.recipe),
+        config=toml_text(portable(records.recipe)),
+        own_concept=OwnConcept.of(records.folder, records.recipe),
         command=records.command,
         licence=Licence.of(scores.model).metadata.get("license"),
         embedded=scores.model in EMBEDDED,

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from duo.errors import UserError
+from duo.rundir import ANEW
 
 BLOCKS = 8  # an unsafe image is shown as 8×8 blocks, which leaves its light and colours but no shapes
 SHOWN_SIDE = 512  # larger images are reduced, so that the page can still be mailed
@@ -24,9 +25,9 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path) as file:
             image = file.convert("RGB")
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; run the stage that writes it again") from None
+        raise UserError(f"{path} is missing; put it back, or {ANEW}") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise UserError(f"{path}: not a readable image ({error}); run the stage that writes it again") from None
+        raise UserError(f"{path}: not a readable image ({error}); put it back, or {ANEW}") from None
     if max(image.size) > SHOWN_SIDE:
         image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
     return image

@@ -17,7 +17,7 @@ class Fields:
     def __init__(self, data: object, where: str) -> None:
         if not isinstance(data, Mapping):
             raise UserError(
-                f"{where}: expected an object, found {type(data).__name__}; run the stage that writes it again"
+                f"{where}: expected an object, found {type(data).__name__}; restore the file, or {rundir.ANEW}"
             )
         self.data: Mapping[str, Any] = data
         self.where = where
@@ -75,14 +75,14 @@ class Fields:
 
     def _get(self, key: str) -> Any:
         if key not in self.data:
-            raise UserError(f"{self.where}: field {key!r} is missing; run the stage that writes it again")
+            raise UserError(f"{self.where}: field {key!r} is missing; restore the file, or {rundir.ANEW}")
         return self.data[key]
 
     def _wrong(self, key: str, expected: str) -> Any:
         found = repr(self.data[key])
         found = found if len(found) <= 60 else found[:57] + "..."
         raise UserError(
-            f"{self.where}: field {key!r} is {found}, expected {expected}; run the stage that writes it again"
+            f"{self.where}: field {key!r} is {found}, expected {expected}; restore the file, or {rundir.ANEW}"
         )
 
 
@@ -94,6 +94,6 @@ def read_object(path: Path) -> Fields:
 def read_rows(path: Path, *, appended: bool = False) -> Iterator[Fields]:
     """The objects of a JSON-lines file of a run, which must be there; `appended` as in `rundir.read_jsonl`."""
     if not path.is_file():
-        raise UserError(f"{path} is missing; run the stage that writes it, or give a finished run folder")
+        raise UserError(f"{path} is missing; put it back, or {rundir.ANEW}")
     for number, row in enumerate(rundir.read_jsonl(path, appended=appended), start=1):
         yield Fields(row, f"{path}, row {number}")

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from duo.licence import Licence
-from duo.models import hub_id, title
+from duo.models import hub_id
+from duo.models import title as called
 from duo.report.front_matter import detected, front_matter, results
 from duo.report.json_fields import read_object
 from duo.report.markdown import fill
+from duo.report.own_concept import OwnConcept, portable
 from duo.report.records import Scores
 from duo.report.toml_text import toml_text
-from duo.report.wording import concept_word, listed
+from duo.report.wording import concept_word, fell, listed, model_title
+from duo.rundir import RunDir
+from duo.statistics import wilson
 
 UNKNOWN = "a concept that its file does not name"
 
@@ -49,13 +53,37 @@ class Part:
 
     @property
     def scores(self) -> Scores | None:
-        path = None if self.run is None else self.run / "score" / "scores.json"
-        return None if path is None or not path.exists() else Scores.read(read_object(path))
+        if self.run is None or not RunDir(self.run).stage("score").finished:
+            return None
+        return Scores.read(read_object(RunDir(self.run).scores()))
 
     @property
     def recipe(self) -> str | None:
         """The run's configuration, as TOML."""
-        return None if self.run is None else toml_text(read_object(self.run / "run.json").table("recipe").data)
+        return None if self.run is None else toml_text(portable(self._recipe(self.run)))
+
+    @property
+    def own_concept(self) -> OwnConcept | None:
+        """The concept's file, where the run's concept is none of the package's."""
+        return None if self.run is None else OwnConcept.of(self.run, self._recipe(self.run))
+
+    def gone(self, rescored: Sequence[Rates]) -> bool:
+        """Whether it was measured that the concept went: by the rule of `wording.fell`, and on the merged weights
+        where those were measured."""
+        scores = self.scores
+        if scores is None:
+            return False
+        rates = next((one for one in rescored if one.concept == self.concept), None)
+        if rates is None:
+            return fell(scores)
+        attack = next((attack for attack in scores.attacks if attack.name == rates.row), None)
+        if attack is None or not attack.reliable:
+            return False
+        return wilson(rates.after, rates.n).high < attack.original.low
+
+    @staticmethod
+    def _recipe(run: Path) -> Mapping[str, Any]:
+        return read_object(run / "run.json").table("recipe").data
 
     @property
     def account(self) -> Mapping[str, Any]:
@@ -80,18 +108,18 @@ def render(*, model: str, parts: Sequence[Part], dtype: str, difference: int, re
         if (one.concept, one.row) in reliable
     ]
     words = listed(list(dict.fromkeys(part.word for part in parts)))
+    tried = list(dict.fromkeys(part.word for part in parts if not part.gone(rescored)))
+    gone = [word for word in dict.fromkeys(part.word for part in parts) if word not in tried]
+    title = model_title(called(model), gone=gone, tried=tried)
     methods = sorted({str(part.record["method"]) for part in parts if "method" in part.record})
     licence = Licence.of(model)
     return fill(
         "merged_card.md",
-        metadata=front_matter(
-            model=model,
-            relation="finetune",
-            name=f"{title(model)} without {words}",
-            tags=[*methods, "merged"],
-            results=found,
-        ),
-        title=title(model),
+        metadata=front_matter(model=model, relation="finetune", name=title, tags=[*methods, "merged"], results=found),
+        title=title,
+        gone=listed(gone) if gone else None,
+        tried=listed(tried) if tried else None,
+        called=called(model),
         base=hub_id(model),
         words=words,
         parts=parts,

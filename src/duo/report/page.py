@@ -19,6 +19,7 @@ from markupsafe import Markup
 from duo.models import title
 from duo.report import figures
 from duo.report.images import data_uri, pixelated, read_image
+from duo.report.own_concept import OwnConcept, portable
 from duo.report.records import MODELS, Picture, Preservation, RunRecords, Scores
 from duo.report.toml_text import toml_text
 from duo.report.wording import (
@@ -29,6 +30,7 @@ from duo.report.wording import (
     findings,
     headline_attack,
     listed,
+    no_fall,
     not_tried,
     percent,
     percent_range,
@@ -128,7 +130,9 @@ def render(records: RunRecords, *, uncensored: bool) -> str:
         rates_figure=_themed(figures.attack_rates(scores.attacks)),
         curves_figure=_themed(figures.training_curves(records.curves)) if records.curves else None,
         records=records,
-        config=toml_text(records.recipe),
+        config=toml_text(portable(records.recipe)),
+        own_concept=OwnConcept.of(records.folder, records.recipe),
+        doubt=no_fall(scores),
         total=sum(records.cost.values()),
         shown_per_set=SHOWN_PER_SET,
         uncensored=uncensored,

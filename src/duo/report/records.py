@@ -13,10 +13,12 @@ from typing import Any
 
 from duo.errors import UserError
 from duo.report.json_fields import Fields, read_object, read_rows
+from duo.rundir import ANEW, RunDir
 
 MODELS = ("original", "erased")
 LABELS = ("absent", "present", "corrupted")
 CURVES = ("loss", "accuracy", "margin", "prior")
+SLACK = 1e-9  # of shares, for rounding
 SECTIONS = ("concept", "method", "model", "world_digest", "attacks", "preservation", "attributes", "near_misses")
 
 
@@ -92,8 +94,16 @@ class AttackRow:
         if read.detected + read.corrupted > read.n:
             raise UserError(
                 f"{row.where}: {read.detected} detected and {read.corrupted} corrupted are more than n={read.n}; "
-                "run `duo score` again"
+                f"restore the file, or {ANEW}"
             )
+        for told, count, rate in (
+            ("detected", read.detected, read.rate),
+            ("corrupted", read.corrupted, read.corrupted_rate),
+        ):
+            if abs(rate - count / read.n) > SLACK:
+                raise UserError(
+                    f"{row.where}: {count} {told} of n={read.n} are no rate of {rate:g}; restore the file, or {ANEW}"
+                )
         return read
 
 
@@ -177,7 +187,8 @@ def _attacks(data: Fields) -> tuple[Attack, ...]:
         row = AttackRow.read(fields)
         if row.model in rows.setdefault(row.name, {}):
             raise UserError(
-                f"{fields.where}: attack {row.name!r} has two rows for the {row.model} model; run `duo score` again"
+                f"{fields.where}: attack {row.name!r} has two rows for the {row.model} model; restore the file, "
+                f"or {ANEW}"
             )
         rows[row.name][row.model] = row
     if not rows:
@@ -197,15 +208,15 @@ def _attribute_set(models: Fields) -> dict[str, dict[str, Mean]]:
     tables = {model: models.table(model) for model in MODELS}
     read = {model: {name: Mean.read(table.table(name)) for name in table.data} for model, table in tables.items()}
     if set(read["original"]) != set(read["erased"]):
-        raise UserError(f"{models.where}: original and erased have different attributes; run `duo score` again")
+        raise UserError(f"{models.where}: original and erased have different attributes; restore the file, or {ANEW}")
     return read
 
 
 def _ordered(row: Fields, *values: float) -> None:
-    slack = 1e-9  # a Wilson bound meets the rate itself at 0 and 1, up to rounding
-    if any(low > high + slack for low, high in pairwise(values)):
+    # A Wilson bound meets the rate itself at 0 and 1, up to rounding.
+    if any(low > high + SLACK for low, high in pairwise(values)):
         told = " to ".join(map(str, values))
-        raise UserError(f"{row.where}: an interval's numbers are not in order ({told}); run `duo score` again")
+        raise UserError(f"{row.where}: an interval's numbers are not in order ({told}); restore the file, or {ANEW}")
 
 
 # --- images -----------------------------------------------------------------------------------------
@@ -248,6 +259,7 @@ class RunRecords:
     """Everything of a run folder that the report shows.
 
     `sections` are the scores as they stand in `scores.json`, for `report.json`; `scores` are the same, typed.
+    `spoils` says whether the judge knows spoiled images: the label was given, or had a score.
     `curves` maps a name of `CURVES` to (step, value) points; `cost` maps a stage to its seconds.
     """
 
@@ -263,6 +275,7 @@ class RunRecords:
     pairs: tuple[PairPictures, ...]
     curves: Mapping[str, tuple[tuple[float, float], ...]]
     pictures: tuple[Picture, ...]
+    spoils: bool
     cost: Mapping[str, float]
     machine: str | None
 
@@ -280,7 +293,7 @@ def read_run(folder: Path) -> RunRecords:
         raise UserError(
             f"{run.where}: schema {run.data['schema']} is not known here, only 1; use the duo that wrote it"
         )
-    data = read_object(folder / "score" / "scores.json")
+    data = read_object(RunDir(folder).scores())
     scores = Scores.read(data)
     made = read_object(folder / "erase" / "manifest.json")  # a stage is finished if and only if its manifest is there
     versions = run.table("versions")
@@ -298,6 +311,7 @@ def read_run(folder: Path) -> RunRecords:
         kind=made.table("delta").text("kind") if "delta" in made.data else "lora",
         curves=_curves(folder / "erase" / "log.jsonl"),
         pictures=_pictures(folder, [attack.name for attack in scores.attacks]),
+        spoils=_spoils(folder / "score" / "verdicts.jsonl"),
         cost=cost,
         machine=machine,
     )
@@ -375,6 +389,11 @@ def _pictures(folder: Path, attacks: list[str]) -> tuple[Picture, ...]:
                 )
             )
     return tuple(pictures)
+
+
+def _spoils(verdicts: Path) -> bool:
+    spoiled = LABELS[-1]
+    return any(row.text("label") == spoiled or spoiled in row.table("scores") for row in read_rows(verdicts))
 
 
 def _cost(path: Path) -> tuple[dict[str, float], str | None]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from duo import parallel
-from duo.errors import UserError
 from duo.rundir import RunDir
 from duo.stages.attacking import attack
 from duo.stages.erasing import erase
@@ -36,8 +35,7 @@ def report(folder: Path, *, uncensored: bool = False) -> Path:
     """Write `report.html`, `report.json` and `README.md` of a scored run; returns the path of the page."""
     from duo.report import write_report
 
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a run folder; give the --out of a `duo run`")
+    RunDir(folder).require()
     with RunDir(folder).locked():
         write_report(folder, uncensored=uncensored)
     return folder / "report.html"

@@ -21,7 +21,7 @@ from duo.recipe import AttackRow
 from duo.refusal import texts_of, words_of
 from duo.rundir import Blocks, Stage, progress
 from duo.seeds import seed_for
-from duo.stages.rendering import images_digest, read_image, render
+from duo.stages.rendering import images_digest, intact_images, read_image, render
 from duo.stages.session import MODELS, Session
 from duo.target import RefusedPromptError, Target
 
@@ -33,8 +33,8 @@ def attack(session: Session) -> None:
     images. Nothing is judged here. What an attack found and `Target.refused` refuses, for it mentions a minor, is
     recorded in `refused.jsonl` and never rendered, and the attempts that are left share its images.
     """
+    _, erased = session.dir.erasure()  # told before anything is written
     with session.at_work("attack"):
-        erased = session.dir.stage("erase").require("erase")["digest"]
         knowledge = attack_concept(session)
         for model_name in MODELS:
             todo = []
@@ -89,10 +89,12 @@ def _attack_images(session: Session) -> tuple[list[Image], list[str]]:
         if parallel.is_main():
             rows_made = [row for record in parts.records() for row in record["rows"]]
             rundir.write_jsonl(stage.folder / "images.jsonl", rows_made)
-            stage.finish()
+            stage.finish(digest=images_digest(stage.folder, recipe.attack_images))
             parts.clear()
         parallel.barrier()
-    made = rundir.read_jsonl(stage.folder / "images.jsonl")
+    wanted = stage.require("attack").get("digest")  # older versions of duo recorded none
+    intact_images(stage, stage.folder, recipe.attack_images, wanted)
+    made = rundir.read_jsonl(stage.intact("images.jsonl"))
     return [read_image(stage.folder / row["image"]) for row in made], [row["caption"] for row in made]
 
 
@@ -212,6 +214,7 @@ def _attack_one(session: Session, row: AttackRow, stage: Stage, model_name: str,
             search_shared=shared,
             refused=len(refused),
             digest=images_digest(stage.folder / "images", row.images),
+            attempts=rundir.digest(stage.folder / "attempts.jsonl"),
         )
     parallel.barrier()
 
@@ -240,6 +243,13 @@ def _search(
 def _of_image(searches: Sequence[_Search], index: int) -> Attempt:
     attempts = searches[index % len(searches)].attempts
     return attempts[index // len(searches) % len(attempts)]
+
+
+def intact_attack(stage: Stage) -> None:
+    """Raise `UserError` unless the finished attack in `stage` has the attempts and images that it recorded."""
+    manifest = stage.require("attack")
+    attempts = stage.intact("attempts.jsonl", manifest.get("attempts"))  # older versions of duo recorded no digest
+    intact_images(stage, stage.folder / "images", len(rundir.read_jsonl(attempts)), manifest["digest"])
 
 
 def rendered_attempts(folder: Path) -> tuple[list[Attempt], list[int]]:
@@ -281,7 +291,7 @@ def _share_search(original: Stage, stage: Stage, encoder: str) -> bool:
     manifest = original.require("attack")
     if manifest["search_needs_denoiser"] or manifest["text_encoder"] != encoder:
         return False
-    for path in [original.folder / "state.safetensors", *sorted((original.folder / "search").glob("*.safetensors"))]:
+    for path in [original.intact("state.safetensors"), *sorted((original.folder / "search").glob("*.safetensors"))]:
         copy = stage.folder / path.relative_to(original.folder)
         if not copy.exists():
             rundir.write_bytes(copy, path.read_bytes())

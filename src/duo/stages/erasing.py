@@ -32,7 +32,6 @@ def erase(session: Session) -> Delta:
             "method": as_table(session.recipe.method),
             **({"pairs": made.require("pairs")["digest"]} if taken else {}),
         }
-        path = stage.folder / "delta.safetensors"
         if stage.begin(config):
             delta = session.method.erase(
                 session.model,
@@ -41,10 +40,11 @@ def erase(session: Session) -> Delta:
                 run=session.lend(stage, "erase", seed=session.erase_seed),
             )
             if parallel.is_main():
+                path = stage.folder / "delta.safetensors"
                 base = base_digest(session.model, delta.layers())
                 replace(delta, record={**delta.record, "base": base}).save(path)
                 stage.finish(digest=rundir.digest(path), delta={"kind": delta.kind, "layers": len(delta.layers())})
-    return Delta.load(path)
+    return Delta.load(session.dir.erasure()[0])
 
 
 def _pairs(stage: Stage) -> Pairs:
@@ -52,5 +52,5 @@ def _pairs(stage: Stage) -> Pairs:
     wanted = stage.require("pairs")["digest"]
     pairs = Pairs.read(stage.folder)
     if pairs.digest() != wanted:
-        raise UserError(f"{stage.folder}: images were changed; put them back, or make anew")
+        raise UserError(f"{stage.folder}: images were changed; put them back, or {rundir.ANEW}")
     return pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from duo import parallel, rundir
 from duo.errors import UserError
 from duo.fields import as_table
 from duo.pairs import SIDES, PairFiles, Pairs
-from duo.plugins import Verdict
+from duo.plugins import Judge, Verdict
 from duo.refusal import is_sexual, refuse_minors
 from duo.rundir import Blocks, Stage, progress
 from duo.seeds import seed_for
@@ -47,6 +48,8 @@ def make_pairs(session: Session) -> Pairs:
         config["brought"] = brought.digest() if brought else stage.require("pairs")["config"].get("brought")
     with session.at_work("pairs"):
         if stage.begin(config, may_rise=session.may_rise):
+            if parallel.is_main() and _same_network(session.judge, session.curator):
+                print(_note(session), file=sys.stderr)  # noqa: T201
             n = settings.n if brought is None else len(brought)
             parts = Blocks(stage.folder / "blocks", n=n, size=settings.block)
             parts.forget(lambda record: _given_up_sooner(record, settings.max_edits))
@@ -64,6 +67,19 @@ def make_pairs(session: Session) -> Pairs:
 def _given_up_sooner(record: Mapping[str, Any], max_edits: int) -> bool:
     """Whether an unsafe image of a block was given up after fewer edits than `max_edits`, which was raised since."""
     return bool(record["account"].get("unsafe_given_up")) and record["max_edits"] < max_edits
+
+
+def _same_network(judge: Judge, curator: Judge) -> bool:
+    """Whether what selects the pairs also grades the result."""
+    network = getattr(judge, "network", None)
+    return judge == curator or (network is not None and network == getattr(curator, "network", None))
+
+
+def _note(session: Session) -> str:
+    return (
+        f"note: judge and curator of concept {session.concept.name} look with the same network; what it overlooks in "
+        "the pairs it overlooks in the scores too"
+    )
 
 
 def _join(stage: Stage, parts: Blocks) -> None:

@@ -6,7 +6,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,8 @@ from duo.pairs import Pairs
 from duo.plugins import Access, Precision, Sampling
 from duo.stages.session import MODELS, UNRELATED, Session
 
+HEADING = ("", "images", "denoiser", "backward", "VAE", "text enc.", "time")
+NAME_WIDTH = 34
 BACKWARD = 2  # a backward pass costs about as much as two forward ones
 
 
@@ -65,12 +67,13 @@ def plan(session: Session) -> list[str]:
     session.check_model(pairs=None if session.recipe.pairs.brought else session.recipe.pairs.n)
     measured = _measure(session)
     parts = list(_work(session, measured))
-    heading = f"{'':34}{'images':>8}{'denoiser':>11}{'backward':>10}{'VAE':>8}{'text enc.':>11}{'time':>10}"
-    lines = [f"{session.recipe.method.name} on {session.recipe.model}, {session.device}; nothing is written", heading]
     times = [_seconds(one, measured) for one in parts]
-    for one, seconds in zip([*parts, _total(parts)], [*times, sum(times)], strict=True):
-        counts = f"{one.images:>8}{one.denoiser:>11}{one.trained:>10}{one.vae:>8}{one.text:>11}"
-        lines.append(f"{one.name:34}{counts}{_clock(seconds):>10}")
+    rows = [
+        (one.name, *map(str, (one.images, one.denoiser, one.trained, one.vae, one.text)), _clock(seconds))
+        for one, seconds in zip([*parts, _total(parts)], [*times, sum(times)], strict=True)
+    ]
+    lines = [f"{session.recipe.method.name} on {session.recipe.model}, {session.device}; nothing is written"]
+    lines += _aligned([HEADING, *rows])
     step = "not measured: no steps, or images to draw" if measured.step is None else f"{measured.step:.3g} s a step"
     lines += [
         "rows in one forward pass each; pairs at their least: every rejected image is one more",
@@ -78,6 +81,18 @@ def plan(session: Session) -> list[str]:
         f"memory: {measured.memory / 2**30:.2f} GiB at most on {measured.on} in the measured steps",
     ]
     return lines
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of texts as lines of a table: the first column to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = max(widths[0], NAME_WIDTH)
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
 
 
 def _work(session: Session, measured: Measured) -> Iterator[Work]:

@@ -11,7 +11,7 @@ from PIL import Image
 from duo import parallel, rundir
 from duo.errors import UserError
 from duo.plugins import Attempt
-from duo.rundir import progress
+from duo.rundir import Stage, progress
 from duo.stages.session import Session
 
 
@@ -57,11 +57,22 @@ def read_image(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG
-        raise UserError(f"{path} cannot be read as an image; remove its folder and run the stage again") from error
+        raise UserError(f"{path} cannot be read as an image; put it back, or {rundir.ANEW}") from error
 
 
 def read_images(folder: Path, n: int) -> list[Image.Image]:
     return [read_image(folder / f"{i:04d}.png") for i in range(n)]
+
+
+def intact_images(stage: Stage, folder: Path, n: int, wanted: str | None) -> None:
+    """Raise `UserError` unless the `n` images in `folder`, of a finished stage, are there and have the digest `wanted`.
+
+    `wanted` is None where no digest was recorded, as by older versions of duo.
+    """
+    for i in range(n):
+        stage.intact(str((folder / f"{i:04d}.png").relative_to(stage.folder)))
+    if wanted is not None and images_digest(folder, n) != wanted:
+        raise stage.broken(folder, "holds other images than its stage wrote")
 
 
 def images_digest(folder: Path, n: int) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from duo.plugins import Family
 from duo.recipe import Recipe
 from duo.rundir import RunDir
-from duo.stages.attacking import rendered_attempts
+from duo.stages.attacking import intact_attack, rendered_attempts
 from duo.stages.rendering import read_images, render
 from duo.stages.session import Session
 
@@ -37,6 +37,7 @@ def rescore(run: Path, recipe: Recipe, model: Family) -> Rescored | None:
         return None
     session = Session(recipe, run, device=model.device, model=model)
     attempts, seeds = rendered_attempts(stage.folder)
+    intact_attack(stage)
     with tempfile.TemporaryDirectory() as folder:
         render(session, Path(folder), attempts, seeds, label=f"{row}: images drawn again")
         drawn = read_images(Path(folder), len(seeds))

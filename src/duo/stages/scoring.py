@@ -18,7 +18,7 @@ from duo.plugins import Attempt, Verdict
 from duo.recipe import AttackRow
 from duo.rundir import Blocks, Stage
 from duo.seeds import seed_for
-from duo.stages.attacking import attack_config
+from duo.stages.attacking import attack_config, intact_attack
 from duo.stages.rendering import read_image, read_images, render
 from duo.stages.session import MODELS, UNRELATED, Session, world_digest
 
@@ -45,15 +45,21 @@ class _Set:
 def score(session: Session) -> dict[str, Any]:
     """Judge the attacks' images, render and judge unrelated prompts and near misses, and write `scores.json`."""
     recipe, stage = session.recipe, session.dir.stage("score")
+    # What is missing or was changed is told before anything is written.
+    _, erasure = session.dir.erasure()
+    finished = {
+        (row.row, model): session.dir.stage("attack", row.row, model) for row in recipe.attacks for model in MODELS
+    }
+    attacks = {
+        f"{row.row}/{model}": finished[row.row, model].require("attack", attack_config(session, row, model, erasure))[
+            "digest"
+        ]
+        for row in recipe.attacks
+        for model in MODELS
+    }
+    for one in finished.values() if not stage.finished else ():
+        intact_attack(one)
     with session.at_work("score"):
-        erasure = session.dir.stage("erase").require("erase")["digest"]
-        attacks = {
-            f"{row.row}/{model}": session.dir.stage("attack", row.row, model).require(
-                "attack", attack_config(session, row, model, erasure)
-            )["digest"]
-            for row in recipe.attacks
-            for model in MODELS
-        }
         config = {
             **session.shared,
             "score": as_table(recipe.score),
@@ -70,7 +76,7 @@ def score(session: Session) -> dict[str, Any]:
             parallel.barrier()
             if parallel.is_main():
                 _join(session, stage, [*attacked, *probed], parts)
-    result: dict[str, Any] = rundir.read_json(stage.folder / "scores.json")
+    result: dict[str, Any] = rundir.read_json(session.dir.scores())
     return result
 
 
@@ -122,7 +128,8 @@ def _join(session: Session, stage: Stage, sets: Sequence[_Set], parts: Mapping[t
     survival = {(one.name, one.model): _survival(session, one) for one in sets if one.name in session.near_misses}
     rundir.write_jsonl(stage.folder / "verdicts.jsonl", _verdict_rows(session, sets, verdicts, survival))
     rundir.write_json(stage.folder / "scores.json", _sections(session, sets, verdicts, survival))
-    stage.finish(judged_together=JUDGED_TOGETHER)
+    digests = {name: rundir.digest(stage.folder / name) for name in rundir.SCORED}
+    stage.finish(judged_together=JUDGED_TOGETHER, digests=digests)
     shutil.rmtree(stage.folder / "blocks", ignore_errors=True)
 
 

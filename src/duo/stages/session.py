@@ -173,8 +173,8 @@ class Session:
         self.model.check(self.recipe.sampling, size=size)
         if self.recipe.precision.shard and not getattr(self.method, "shards", False):
             raise UserError(
-                f"precision.shard is true, but the method {self.recipe.method.name!r} changes weights that would be cut "
-                "into shares; set it to false"
+                f"precision.shard is true, but the method {self.recipe.method.name!r} changes weights that would be "
+                "cut into shares; set it to false"
             )
         if hasattr(self.method, "check"):
             self.method.check(self.model, pairs=pairs, precision=self.recipe.precision)
@@ -185,7 +185,7 @@ class Session:
         if name == "original":
             yield
             return
-        with Delta.load(self.dir.path / "erase" / "delta.safetensors").attached(self.model):
+        with Delta.load(self.dir.erasure()[0]).attached(self.model):
             yield
 
     def lend(self, stage: Stage, *purpose: str, seed: int | None = None) -> StageRun:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from duo import toybox
 from duo.checkpoint import write_tensors
 from duo.toybox import world
 from duo.toybox.damage import DAMAGES, HAZARD_DAMAGES, SCENE_DAMAGES
@@ -388,8 +389,8 @@ def _outputs(network: nn.Module, pairs: list[tuple[Scene, np.ndarray]], prepare:
 def train_judges(work: Path) -> None:
     """Train, evaluate and ship every judge and the attribute classifier; goes on where it was stopped.
 
-    Reads the pictures that `train.render` drew under `work`; writes `judges/` and `judges.json` there, and the weights
-    (fp16) beside this file.
+    Reads the pictures that `train.render` drew under `work`; writes `judges/` and `judges.json` there (with the world
+    that the judges are part of), and the weights (fp16) beside this file.
     """
     render_damaged(work)
     names = ["attributes", *judge_names()]
@@ -398,9 +399,9 @@ def train_judges(work: Path) -> None:
         ship(name, network, record={})
     networks = {name: load_network(name) for name in names}  # what is measured is what ships: rounded to fp16
     results = evaluate(networks)
-    _write_json(work / "judges.json", results)
     for name, network in networks.items():
         ship(name, network, record=results[name])
+    _write_json(work / "judges.json", {"world_digest": toybox.world_digest(), **results})  # of the weights as shipped
 
 
 def ship(name: str, network: nn.Module, *, record: Mapping[str, object]) -> None:

@@ -1,0 +1,43 @@
+"""A concept of the user's own in a report: without its file the recipe that is shown cannot be run again. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from duo.concept import load_concept
+from duo.errors import UserError
+from duo.fields import as_table
+from duo.report.json_fields import read_object
+from duo.rundir import digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnConcept:
+    """A concept file's name, its text where it still is as the run had it, and the digest of what the run had."""
+
+    file: str
+    text: str | None
+    digest: str
+
+    @classmethod
+    def of(cls, run: Path, recipe: Mapping[str, Any]) -> Self | None:
+        """That of a run with `recipe`; None where the concept is one of the package's."""
+        path = Path(str(recipe.get("concept", "")))
+        if path.suffix != ".toml":
+            return None
+        had = read_object(run / "erase" / "manifest.json").table("config").table("concept").text("digest")
+        try:
+            same = digest(as_table(load_concept(path))) == had
+        except UserError:  # moved, or changed to what is no concept
+            same = False
+        return cls(file=path.name, text=path.read_text(encoding="utf-8") if same else None, digest=had)
+
+
+def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe as it is to be saved beside its concept's file, which it then calls by the file's name alone."""
+    concept = recipe.get("concept")
+    named = {"concept": Path(concept).name} if isinstance(concept, str) and concept.endswith(".toml") else {}
+    return {**recipe, **named}

@@ -1,0 +1,78 @@
+"""The committed results: what can be made again from the files alone, and whether each says what it is of."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+DIGEST = "1d753ba3faf1faf3f4cf2f4c5a0790573a1660dae8eb53f83b81be7f15103b65"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    for name in ("agreement", "results", "tune"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def read(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def test_the_agreement_is_what_the_labels_columns_say() -> None:
+    import agreement
+
+    rows = agreement.read_labels(RESULTS / "labels.csv")
+    told = {name: value for name, value in read("agreement.json").items() if name not in ("machine", "commit")}
+    assert agreement.compare(RESULTS / "labels.csv") == told
+    agreed = sum(row["label"] == row["score"] for row in rows if row["model"] != "original")
+    assert (len(rows), agreed) == (216, 84), "78% of 108"
+    assert [int(row["number"]) for row in rows] == list(range(216))
+
+
+def test_every_label_tells_what_the_image_was_drawn_from() -> None:
+    import agreement
+
+    from duo import load_concept
+
+    concept, order = load_concept("toybox-fire"), agreement.np.random.default_rng(12).permutation(216)
+    for row, index in zip(agreement.read_labels(RESULTS / "labels.csv"), order.tolist(), strict=True):
+        prompts = concept.prompt_set(row["set"], validation=True)
+        assert row["set"] == agreement.SETS[index % 4]
+        assert row["prompt"] == prompts[index % len(prompts)]
+        assert (row["model"] == "original") == (index < agreement.EACH)
+        assert int(row["seed"]) == agreement.FIRST_SEED + int(row["number"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["agreement.json", "budgets.json", "judges.json", "toybox-fire-full-report.json", "toybox-fire-full.json",
+     "tradeoff.json"],
+)  # fmt: skip
+def test_a_result_names_the_world_that_it_was_measured_in(name: str) -> None:
+    assert read(name)["world_digest"] == DIGEST
+
+
+def test_what_is_written_from_here_on_names_commit_machine_and_world() -> None:
+    import results
+
+    from duo.toybox import world_digest
+
+    told = results.machine()
+    assert told["world_digest"] == world_digest()
+    assert set(told) == {"machine", "commit", "world_digest"}
+
+
+def test_the_trials_that_chose_the_demo_can_be_repeated() -> None:
+    import tune
+
+    rows = [json.loads(line) for line in (RESULTS / "trials-second.jsonl").read_text().splitlines()]
+    told = [(row["steps"], row["config"]) for row in rows]
+    assert told == [*tune.SECOND, *tune.THIRD]
+    assert {row["seed"] for row in rows[len(tune.SECOND) :]} == {tune.load_recipe("toybox-fire").seed}
