@@ -312,12 +312,9 @@ def tune(out: Path, workers: int, only: list[str]) -> None:
 # --- the comparison ---------------------------------------------------------------------------------
 
 
-def recipes() -> dict[str, str]:
+def recipes(only: list[str]) -> dict[str, str]:
     """Method → the recipe that ships the best of its trials."""
-    return {
-        "duo": "toybox-fire-duo",
-        **{name: f"toybox-fire-{name.replace('_', '-')}" for name in SPACES if name != "duo"},
-    }
+    return {name: f"toybox-fire-{name}" for name in only or SPACES}
 
 
 def compared(out: Path, method: str, name: str) -> dict[str, Any]:
@@ -347,10 +344,10 @@ def compared(out: Path, method: str, name: str) -> dict[str, Any]:
     return {"recipe": name, "cost": read_json(costs), **{key: scores[key] for key in sections}}
 
 
-def compare(out: Path, docs: Path, workers: int) -> None:
-    """Every method's recipe, as `docs/methods.json`."""
+def compare(out: Path, docs: Path, workers: int, only: list[str]) -> None:
+    """Every method's recipe, as `docs/methods.json`; runs that are finished are read back."""
     with ProcessPoolExecutor(workers, max_tasks_per_child=1) as pool:
-        found = {name: pool.submit(compared, out, name, recipe) for name, recipe in recipes().items()}
+        found = {name: pool.submit(compared, out, name, recipe) for name, recipe in recipes(only).items()}
         results = {name: future.result() for name, future in found.items()}
     command = "python benchmarks/methods.py compare"
     write_json(
@@ -392,7 +389,7 @@ def main() -> None:
     if given.task == "tune":
         tune(given.out, given.workers, given.only)
     else:
-        compare(given.out, given.docs, given.workers)
+        compare(given.out, given.docs, given.workers, given.only)
 
 
 if __name__ == "__main__":

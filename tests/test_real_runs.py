@@ -139,7 +139,7 @@ def test_a_run_on_each_pipeline_class(
 
 RIVALS = {
     "uce": 'name = "uce"',
-    "spm": 'name = "spm"\nmax_train_steps = 2\ngrid_steps = 2\nanchors = 1',
+    "spm": 'name = "spm"\nmax_train_steps = 2\ngrid_steps = 2\nanchors = 1\nlearning_rate = 0.1\nlr_warmup_steps = 0',
 }
 
 
@@ -181,7 +181,7 @@ def test_a_run_by_a_method_that_learns_from_no_pairs(
     if method == "uce":
         assert merged == 0
         assert "changes whole weights and is no LoRA; write them by `duo merge`" in told
-        assert "pairs" not in (tmp_path / "merged" / "README.md").read_text()
+        assert "images for the pairs" not in (tmp_path / "merged" / "README.md").read_text()
     else:
         assert merged == 2
         assert told.count("acts by how near a prompt is to the concept") == 2

@@ -83,7 +83,7 @@ def write_run(
     write_json(folder / "score" / "scores.json", _scores(rows))
     write_json(folder / "score" / "manifest.json", {"config": {}})  # without digests, as older versions wrote it
     _pairs(folder / "pairs", n=images, prompt=prompt)
-    write_json(folder / "erase" / "manifest.json", {"config": {"name": "duo"}})
+    write_json(folder / "erase" / "manifest.json", {"config": {"name": "duo", "pairs": "0" * 64}})
     write_rows(folder / "erase" / "log.jsonl", [_logged(step, rng) for step in range(0, 600, 5)])
     write_json(
         folder / "run.json",
