@@ -103,7 +103,9 @@ def test_preconditioning_scales_what_rounding_does_to_the_prior(tmp_path: Path, 
 
     # So does the method: SD3's shift of 3 labels the fraction 0.001 with σ = 0.003.
     process = FlowProcess(shift=3.0, device=torch.device("cpu"))
-    model: Any = types.SimpleNamespace(process=process, latents=lambda *_, **__: pytest.fail("was let through"))
+    model: Any = types.SimpleNamespace(
+        process=process, layers=lambda scope: [scope], latents=lambda *_, **__: pytest.fail("was let through")
+    )
     method = replace(QUICK, prior_weight=5e6, prior_at=0.001)
     for change, refused in (({}, True), ({"precondition_outputs": True}, False)):
         run = RecordingRun(tmp_path, precision=half)
