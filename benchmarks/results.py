@@ -155,21 +155,27 @@ def sweep(out: Path, docs: Path, workers: int) -> None:
                     }
                 )
     write_json(docs / "tradeoff.json", {"points": points, **machine(), "command": "make results"})
-    drawn = [
-        TradeoffPoint(
-            series=f"{point['recipe']}: {point['attack'].replace('_', ' ')}",
-            label=f"{point['beta']:g}",
-            detection=Mean(mean=point["rate"], low=point["low"], high=point["high"], n=point["n"]),
-            preservation=Mean(
-                mean=point["preservation"],
-                low=point["preservation_low"],
-                high=point["preservation_high"],
-                n=SWEEP_IMAGES,
-            ),
-        )
-        for point in points
-    ]
-    (docs / "tradeoff.svg").write_text(tradeoff(drawn))
+    (docs / "tradeoff.svg").write_text(plotted(points))
+
+
+def plotted(points: list[dict[str, Any]]) -> str:
+    """The points of `tradeoff.json` as an SVG: one series for each recipe and attack."""
+    return tradeoff(
+        [
+            TradeoffPoint(
+                series=f"{point['recipe']}: {point['attack'].replace('_', ' ')}",
+                label=f"{point['beta']:g}",
+                detection=Mean(mean=point["rate"], low=point["low"], high=point["high"], n=point["n"]),
+                preservation=Mean(
+                    mean=point["preservation"],
+                    low=point["preservation_low"],
+                    high=point["preservation_high"],
+                    n=SWEEP_IMAGES,
+                ),
+            )
+            for point in points
+        ]
+    )
 
 
 def main() -> None:

@@ -100,6 +100,7 @@ def bytes_held() -> int:
     import torch
     from torch.distributed.tensor import DTensor
 
+    gc.collect()  # what an earlier run left in cycles is no longer held
     tensors = (one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and not isinstance(one, DTensor))
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({one.data_ptr(): one.nbytes() for one in storages}.values())

@@ -339,12 +339,19 @@ def test_an_erasure_that_is_named_twice_is_refused(erased_run: Path, tmp_path: P
     assert not list(tmp_path.glob("*merged*"))
 
 
+def put(run: Path, delta: Delta) -> None:
+    """Write another delta into a run, as if its erasure had made it."""
+    path, manifest = run / "erase" / "delta.safetensors", run / "erase" / "manifest.json"
+    delta.save(path)
+    rundir.write_json(manifest, {**rundir.read_json(manifest), "digest": rundir.digest(path)})
+
+
 def changed(run: Path, change: Any) -> None:
     """Write the run's delta again, after `change` of the tensors of its first layer, A and B."""
     path = run / "erase" / "delta.safetensors"
     delta = Delta.load(path)
     change(*delta.factors(delta.layers()[0]))
-    delta.save(path)
+    put(run, delta)
 
 
 def test_an_erasure_that_is_no_number_is_not_merged(erased_run: Path, tmp_path: Path) -> None:
@@ -374,7 +381,7 @@ def test_a_base_that_was_replaced_is_refused(erased_run: Path, tmp_path: Path, t
     rundir.write_json(erased_run / "run.json", run)
     path = erased_run / "erase" / "delta.safetensors"
     delta, model = Delta.load(path), load_family(str(base))
-    replace(delta, record={**delta.record, "base": base_digest(model, delta.layers())}).save(path)
+    put(erased_run, replace(delta, record={**delta.record, "base": base_digest(model, delta.layers())}))
     merging.merge(erased_run, tmp_path / "merged")
     shutil.rmtree(base)
     (tmp_path / "merged").rename(base)  # at the same path, with the erasure merged already

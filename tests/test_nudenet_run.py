@@ -79,7 +79,7 @@ def test_a_run_that_nudenet_judges(recipe: Path) -> None:
     rows = rundir.read_jsonl(session.dir.path / "score" / "verdicts.jsonl")
     assert rows and all(row["judge"] == "nudenet" and row["record"] == {"detections": []} for row in rows)
     page = report(session.dir.path).read_text()
-    assert "<title>Faces erased from" in page and "not measured" in page
+    assert "<title>Attempt to erase faces from" in page and "not measured" in page
     told = rundir.read_json(session.dir.path / "report.json")
     assert (told["concept"], told["preservation"], told["attributes"]) == ("faces", None, None)
     assert not told["attacks"][0]["reliable"], "a random model draws no face, so its low rate proves nothing"

@@ -1005,7 +1005,7 @@ def test_what_is_recorded_holds_in_every_folder(
     os.chdir(tmp_path / "elsewhere")
     merge(Path("../run"), Path("merged"))
     card = Path("merged/README.md").read_text()
-    assert "# sd1 without fire" in card
+    assert "# sd1 after an attempt to remove fire" in card
     assert "base_model" not in card
     assert str(tmp_path) not in card.partition("```toml")[0]
 

@@ -77,5 +77,5 @@ def test_only_schedulers_that_can_be_used_are_proposed(
 
 def test_a_scheduler_with_a_noise_schedule_of_its_own_is_refused(vocabulary: Path) -> None:
     own = tiny_unet.sd2_v_pipeline(vocabulary).scheduler
-    with pytest.raises(UserError, match="'EDMEulerScheduler' cannot keep the noise schedule"):
+    with pytest.raises(UserError, match="'EDMEulerScheduler' does not fit model 'tiny'"):
         new_scheduler(own, "EDMEulerScheduler", model="tiny")

@@ -127,7 +127,7 @@ def tradeoff(points: Sequence[TradeoffPoint], *, metric: str = "1 - toybox-LPIPS
                 )
         axes.set_xlabel("images in which the concept is detected (%): lower is better")
         axes.set_ylabel(f"preservation ({metric}): higher is better")
-        axes.set_xlim(left=0)
+        axes.set_xlim(left=-0.02 * axes.get_xlim()[1])  # a little below 0, where the best points lie
         axes.grid(color=GRID, linewidth=0.8)
         axes.legend(frameon=False, loc="lower right")
         return _svg(figure, "tradeoff", "Detection against preservation over a sweep.")
