@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from results import machine
+from results import machine, take
 from tune import look, objective, reference
 
 from duo import Session, UserError, load_concept, load_recipe
@@ -337,11 +337,22 @@ def compared(out: Path, method: str, name: str) -> dict[str, Any]:
     costs = out / f"compare-{method}" / "cost.json"
     if not costs.exists():  # a run that is read back costs nothing
         write_json(costs, cost)
+    take_originals(out, session.dir.path)
     attack(session)
+    take_originals(out, session.dir.path)
     score(session)
     scores = read_json(out / f"compare-{method}" / "score" / "scores.json")
     sections = ("attacks", "preservation", "attributes", "near_misses")
     return {"recipe": name, "cost": read_json(costs), **{key: scores[key] for key in sections}}
+
+
+def take_originals(out: Path, folder: Path) -> None:
+    """What the original model draws is the same in every run: it is copied from a run that has drawn it."""
+    for other in sorted(out.glob("compare-*")):
+        rows = [path.parent for path in other.glob("attack/*/original/manifest.json")]
+        scored = (other / "score" / "manifest.json").exists()
+        for one in [*rows, *(other.glob("score/images/*/original") if scored else [])]:
+            take(one, folder / one.relative_to(other))
 
 
 def compare(out: Path, docs: Path, workers: int, only: list[str]) -> None:

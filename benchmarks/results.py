@@ -49,17 +49,18 @@ def one(recipe: Recipe, out: Path, originals: Path | None, same_pairs: bool = Fa
     torch.set_num_threads(1)
     if originals is not None:
         if same_pairs:
-            _take(originals / "pairs", out / "pairs")
+            take(originals / "pairs", out / "pairs")
         for folder in [*originals.glob("attack/*/original"), originals / "attack/images"]:
-            _take(folder, out / folder.relative_to(originals))
+            take(folder, out / folder.relative_to(originals))
         for folder in originals.glob("score/images/*/original"):
-            _take(folder, out / folder.relative_to(originals))
+            take(folder, out / folder.relative_to(originals))
     run(Session(recipe, out))
     report: dict[str, Any] = read_json(out / "report.json")
     return report
 
 
-def _take(source: Path, target: Path) -> None:
+def take(source: Path, target: Path) -> None:
+    """Copy a folder to where there is none yet."""
     if source.exists() and not target.exists():
         shutil.copytree(source, target)
 
