@@ -14,7 +14,7 @@ import math
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
@@ -279,3 +279,34 @@ def _default_shown(field: dataclasses.Field[Any], values: Mapping[str, Any]) -> 
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "…"
+
+
+# --- what a dataclass checks of its own fields ---------------------------------------------------------
+
+
+def check_above_0(of: Any, *names: str) -> None:
+    """Raise `ValueError` where one of these fields is not a number above 0."""
+    for name in names:
+        if not getattr(of, name) > 0:
+            raise ValueError(f"{name} is {getattr(of, name)}, expected a number above 0")
+
+
+def check_from_0(of: Any, *names: str) -> None:
+    """Raise `ValueError` where one of these fields is below 0, or no number."""
+    for name in names:
+        if not getattr(of, name) >= 0:
+            raise ValueError(f"{name} is {getattr(of, name)}, expected 0 or more")
+
+
+def check_above_0_or_none(of: Any, *names: str) -> None:
+    """Raise `ValueError` where one of these fields is given, and not a number above 0."""
+    for name in names:
+        if getattr(of, name) is not None and not getattr(of, name) > 0:
+            raise ValueError(f"{name} is {getattr(of, name)}, expected a number above 0, or none")
+
+
+def check_choices(of: Any, choices: Mapping[str, Sequence[str]]) -> None:
+    """Raise `ValueError` where a field is none of its `choices`."""
+    for name, known in choices.items():
+        if getattr(of, name) not in known:
+            raise ValueError(f"{name} is {getattr(of, name)!r}, expected one of {', '.join(known)}")

@@ -250,6 +250,42 @@ def fit(
         )
 
 
+def steps_of(
+    settings: Any,
+    loss: Callable[[torch.Generator], tuple[Tensor, Mapping[str, Tensor]]],
+    parameters: nn.ParameterList,
+    *,
+    run: Run,
+    record: Mapping[str, Any],
+    seed: int | None = None,
+    folder: str = "checkpoints",
+    shared: bool = False,
+) -> Iterator[Step]:
+    """`fit` with what a method's `settings` say under the names that diffusers' training scripts have.
+
+    Those are `max_train_steps`, `learning_rate`, `weight_decay`, `max_grad_norm` (None: no clipping),
+    `checkpointing_steps` and, where there are such fields, `lr_scheduler`, `lr_warmup_steps` and `lr_num_cycles`. The
+    seed is the run's unless another is given, and checkpoints lie in the run's `folder`.
+    """
+    return fit(
+        loss,
+        parameters,
+        steps=settings.max_train_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler=getattr(settings, "lr_scheduler", "constant"),
+        lr_warmup_steps=getattr(settings, "lr_warmup_steps", 0),
+        lr_num_cycles=getattr(settings, "lr_num_cycles", 1),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm or math.inf,
+        optimizer_8bit=run.precision.optimizer_8bit,
+        seed=run.seed if seed is None else seed,
+        folder=run.folder / folder,
+        checkpointing_steps=settings.checkpointing_steps,
+        record=record,
+        shared=shared,
+    )
+
+
 def follow(steps: Iterator[Step], *, run: Run, total: int, label: str) -> None:
     """Take all the steps; show each on a bar of `run`, and log it."""
     with run.progress(total, label) as bar:

@@ -41,11 +41,12 @@ from torch import Tensor, nn
 from duo.conditioning import Conditioning
 from duo.delta import Delta, made_by
 from duo.drawn import draw, encode
+from duo.fields import check_above_0, check_choices, check_from_0
 from duo.losses import squared_error
 from duo.pairs import Pairs
 from duo.plugins import Family, Run
 from duo.precision import check_8bit, waiting
-from duo.training import Tuned, fit, follow, tune_weights
+from duo.training import Tuned, follow, steps_of, tune_weights
 
 SCOPES = {"cross_attention": "text_inputs", "attention": "attention", "full": "all"}  # group → layer scope
 PLACES = ("{word}, {caption}", "in {word} style, {caption}", "{caption}, {word}")  # as published for nudity
@@ -94,16 +95,10 @@ class Ca:
     checkpointing_steps: int = 100
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        check_choices(self, CHOICES)
         counts = ("images", "max_train_steps", "train_batch_size", "checkpointing_steps")
-        for name in ("learning_rate", "max_grad_norm", *counts):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
-        for name in ("prior_weight", "guidance_scale", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        check_above_0(self, "learning_rate", "max_grad_norm", *counts)
+        check_from_0(self, "prior_weight", "guidance_scale", "weight_decay")
 
     @property
     def drawn(self) -> int:
@@ -166,20 +161,12 @@ class Ca:
             tune_weights(model.denoiser, sorted(model.layers(SCOPES[self.parameters]))) as tuned,
             _held_start(list(start)),
         ):
-            steps = fit(
+            steps = steps_of(
+                self,
                 self._objective(model, tuned, latents=latents, texts=texts),
                 tuned.parameters,
-                steps=self.max_train_steps,
-                learning_rate=self.learning_rate,
-                lr_scheduler=self.lr_scheduler,
-                weight_decay=self.weight_decay,
-                max_grad_norm=self.max_grad_norm,
-                optimizer_8bit=run.precision.optimizer_8bit,
-                seed=run.seed,
-                folder=run.folder / "checkpoints",
-                checkpointing_steps=self.checkpointing_steps,
+                run=run,
                 record={**trained, "drawn": self.drawn, "beside": beside, "model": model.name, "seed": run.seed},
-                shared=False,
             )
             follow(steps, run=run, total=self.max_train_steps, label="ca")
             tensors = tuned.differences()

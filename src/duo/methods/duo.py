@@ -26,11 +26,12 @@ from duo.conditioning import Conditioning
 from duo.delta import Delta, made_by
 from duo.drawn import encode
 from duo.errors import UserError
+from duo.fields import check_above_0, check_from_0
 from duo.losses import duo_loss, prior_loss, squared_error
 from duo.pairs import Pairs
 from duo.plugins import Family, Precision, Run
 from duo.precision import check_8bit, check_prior, rounds, sharded, unrounded, waiting
-from duo.training import Lora, attach_lora, fit, follow
+from duo.training import Lora, attach_lora, follow, steps_of
 
 Schedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine"
@@ -77,12 +78,8 @@ class Duo:
 
     def __post_init__(self) -> None:
         above_0 = ("beta", "learning_rate", "max_grad_norm")
-        for name in (*above_0, "rank", "max_train_steps", "train_batch_size", "checkpointing_steps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
-        for name in ("prior_weight", "positive_penalty", "weight_decay", "lr_warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        check_above_0(self, *above_0, "rank", "max_train_steps", "train_batch_size", "checkpointing_steps")
+        check_from_0(self, "prior_weight", "positive_penalty", "weight_decay", "lr_warmup_steps")
         if self.rank > LARGEST_RANK:
             raise ValueError(f"rank is {self.rank}, expected at most {LARGEST_RANK}")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
@@ -136,20 +133,13 @@ class Duo:
             sharded(model, shard=run.precision.shard),
             attach_lora(model.denoiser, layers, rank=self.rank, alpha=alpha, seed=run.seed) as lora,
         ):
-            steps = fit(
+            steps = steps_of(
+                self,
                 self._objective(model, lora, unsafe=unsafe, safe=safe, empty=empty),
                 lora.parameters,
-                steps=self.max_train_steps,
-                learning_rate=self.learning_rate,
-                lr_scheduler=self.lr_scheduler,
-                lr_warmup_steps=self.lr_warmup_steps,
-                weight_decay=self.weight_decay,
-                max_grad_norm=self.max_grad_norm,
-                optimizer_8bit=run.precision.optimizer_8bit,
-                seed=run.seed,
-                folder=run.folder / "checkpoints",
-                checkpointing_steps=self.checkpointing_steps,
+                run=run,
                 record={**trained, "pairs": pairs.digest(), "model": model.name, "seed": run.seed},
+                shared=True,
             )
             follow(steps, run=run, total=self.max_train_steps, label="duo")
             tensors = lora.tensors()

@@ -28,7 +28,6 @@ Ours, beside the published method: `base = "anchor"` has the prompt that may sta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -38,12 +37,13 @@ import torch
 from torch import Tensor
 
 from duo.delta import Delta, made_by
+from duo.fields import check_above_0, check_above_0_or_none, check_choices, check_from_0
 from duo.losses import squared_error
 from duo.pairs import Pairs
 from duo.plugins import Family, Run
 from duo.precision import check_8bit, waiting
 from duo.sampling import grid, partly_sampled
-from duo.training import Tuned, fit, follow, tune_weights
+from duo.training import Tuned, follow, steps_of, tune_weights
 
 Variant = Literal["x", "x-strict", "u", "selfattn", "full"]
 CHOICES = {
@@ -88,18 +88,11 @@ class Esd:
     checkpointing_steps: int = 250
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        check_choices(self, CHOICES)
         counts = ("sampling_steps", "max_train_steps", "train_batch_size", "checkpointing_steps")
-        for name in ("learning_rate", *counts):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
-        for name in ("eta", "guidance_scale", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {self.max_grad_norm}, expected a number above 0, or none")
+        check_above_0(self, "learning_rate", *counts)
+        check_from_0(self, "eta", "guidance_scale", "weight_decay")
+        check_above_0_or_none(self, "max_grad_norm")
         if self.erase_from is not None and self.base == "anchor":
             raise ValueError("erase_from and base = 'anchor' both say what is to be left; give one")
 
@@ -135,20 +128,12 @@ class Esd:
             waiting(model.encoders(), device=model.device, offload=run.precision.offload),
             tune_weights(model.denoiser, self.layers(model)) as tuned,
         ):
-            steps = fit(
+            steps = steps_of(
+                self,
                 lambda generator: objective(tuned, generator),
                 tuned.parameters,
-                steps=self.max_train_steps,
-                learning_rate=self.learning_rate,
-                lr_scheduler=self.lr_scheduler,
-                weight_decay=self.weight_decay,
-                max_grad_norm=math.inf if self.max_grad_norm is None else self.max_grad_norm,
-                optimizer_8bit=run.precision.optimizer_8bit,
-                seed=run.seed,
-                folder=run.folder / "checkpoints",
-                checkpointing_steps=self.checkpointing_steps,
+                run=run,
                 record={**trained, "targets": [list(one) for one in targets], "model": model.name, "seed": run.seed},
-                shared=False,
             )
             follow(steps, run=run, total=self.max_train_steps, label="esd")
             tensors = tuned.differences()

@@ -36,10 +36,11 @@ from duo.conditioning import Conditioning
 from duo.delta import Delta, made_by
 from duo.drawn import draw, encode
 from duo.errors import UserError
+from duo.fields import check_above_0, check_from_0
 from duo.pairs import Pairs
 from duo.plugins import Family, Run
 from duo.precision import check_8bit, waiting
-from duo.training import fit, follow, tune_weights
+from duo.training import fit, follow, steps_of, tune_weights
 
 PLACEHOLDER = "<concept>"
 FREE = ("max_train_steps", "checkpointing_steps")  # settings that a run may go on with in another value
@@ -80,12 +81,8 @@ class Fmn:
     def __post_init__(self) -> None:
         counts = ("images", "inversion_vectors", "inversion_batch_size", "max_train_steps", "train_batch_size")
         rates = ("inversion_learning_rate", "learning_rate", "max_grad_norm")
-        for name in (*counts, *rates, "checkpointing_steps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
-        for name in ("inversion_steps", "inversion_weight_decay", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        check_above_0(self, *counts, *rates, "checkpointing_steps")
+        check_from_0(self, "inversion_steps", "inversion_weight_decay", "weight_decay")
         if self.inversion_norm is not None and not self.inversion_norm > 0:
             raise ValueError(f"inversion_norm is {self.inversion_norm}, expected a number above 0, or none for no pull")
         if self.captions not in ("template", "prompts"):
@@ -148,19 +145,12 @@ class Fmn:
             waiting(model.encoders(), device=model.device, offload=run.precision.offload),
             tune_weights(denoiser, trained) as tuned,
         ):
-            steps = fit(
+            steps = steps_of(
+                self,
                 self._objective(model, attentions, latents=latents, text=text, masks=masks, choices=choices),
                 tuned.parameters,
-                steps=self.max_train_steps,
-                learning_rate=self.learning_rate,
-                weight_decay=self.weight_decay,
-                max_grad_norm=self.max_grad_norm,
-                optimizer_8bit=run.precision.optimizer_8bit,
-                seed=run.seed,
-                folder=run.folder / "checkpoints",
-                checkpointing_steps=self.checkpointing_steps,
+                run=run,
                 record=record,
-                shared=False,
             )
             follow(steps, run=run, total=self.max_train_steps, label="fmn")
             tensors = tuned.differences()

@@ -25,7 +25,6 @@ Departures from the paper and its public code, and why:
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,12 +39,13 @@ from duo.conditioning import Conditioning
 from duo.delta import Delta, made_by
 from duo.drawn import draw, encode
 from duo.errors import UserError
+from duo.fields import check_above_0, check_above_0_or_none, check_from_0
 from duo.losses import squared_error
 from duo.pairs import Pairs
 from duo.plugins import Family, Run
 from duo.precision import check_8bit, waiting
 from duo.seeds import seed_for
-from duo.training import fit, follow, tune_weights
+from duo.training import follow, steps_of, tune_weights
 
 # Settings that a run may go on with in another value.
 FREE = ("max_train_steps", "checkpointing_steps", "fisher_batch_size", "fisher_checkpointing")
@@ -95,14 +95,9 @@ class Sa:
         images = ("surrogate_images", "replay_images", "fisher_samples")
         fisher = ("fisher_timesteps", "fisher_batch_size", "fisher_checkpointing")
         steps = ("max_train_steps", "train_batch_size", "checkpointing_steps")
-        for name in (*images, *fisher, *steps, "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
-        for name in ("replay_weight", "ewc_weight", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {self.max_grad_norm}, expected a number above 0, or none")
+        check_above_0(self, *images, *fisher, *steps, "learning_rate")
+        check_from_0(self, "replay_weight", "ewc_weight", "weight_decay")
+        check_above_0_or_none(self, "max_grad_norm")
         if self.fisher_timesteps > TIMES:
             raise ValueError(f"fisher_timesteps is {self.fisher_timesteps}, expected at most {TIMES}")
         if self.fisher_samples > self.replay_images:
@@ -147,7 +142,8 @@ class Sa:
         ):
             weights = {name: one for name, one in denoiser.named_parameters() if one.requires_grad}
             fisher = self._fisher(model, weights, replay, replay_text, record=record, run=run)
-            steps = fit(
+            steps = steps_of(
+                self,
                 self._objective(
                     model,
                     [(one, before[name], fisher[name]) for name, one in weights.items()],
@@ -157,16 +153,8 @@ class Sa:
                     replay_text=replay_text,
                 ),
                 tuned.parameters,
-                steps=self.max_train_steps,
-                learning_rate=self.learning_rate,
-                weight_decay=self.weight_decay,
-                max_grad_norm=math.inf if self.max_grad_norm is None else self.max_grad_norm,
-                optimizer_8bit=run.precision.optimizer_8bit,
-                seed=run.seed,
-                folder=run.folder / "checkpoints",
-                checkpointing_steps=self.checkpointing_steps,
+                run=run,
                 record={key: v for key, v in record.items() if key not in FREE},
-                shared=False,
             )
             follow(steps, run=run, total=self.max_train_steps, label="sa")
             tensors = tuned.differences()

@@ -33,13 +33,14 @@ from torch.nn import functional as F
 
 from duo.conditioning import Conditioning
 from duo.delta import Delta, compose, made_by
+from duo.fields import check_above_0, check_choices, check_from_0
 from duo.gating import gate_of
 from duo.pairs import Pairs
 from duo.plugins import Family, Run
 from duo.precision import check_8bit, waiting
 from duo.sampling import grid, partly_sampled
 from duo.seeds import seed_for
-from duo.training import Lora, attach_lora, fit, follow
+from duo.training import Lora, attach_lora, follow, steps_of
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"]
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -96,16 +97,10 @@ class Spm:
     checkpointing_steps: int = 250
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        check_choices(self, CHOICES)
         above_0 = ("learning_rate", "lora_alpha", "rank", "max_train_steps", "train_batch_size", "lr_num_cycles")
-        for name in (*above_0, "checkpointing_steps", "anchors"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
-        for name in ("eta", "anchor_weight", "guidance_scale", "weight_decay", "max_grad_norm", "lr_warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 or more")
+        check_above_0(self, *above_0, "checkpointing_steps", "anchors")
+        check_from_0(self, "eta", "anchor_weight", "guidance_scale", "weight_decay", "max_grad_norm", "lr_warmup_steps")
         if self.grid_steps < 2:
             raise ValueError(f"grid_steps is {self.grid_steps}, expected at least 2")
         if not self.targets:
@@ -169,24 +164,16 @@ class Spm:
                 model.denoiser, layers, rank=self.rank, alpha=self.lora_alpha, seed=seed, init="kaiming"
             ) as lora,
         ):
-            steps = fit(
+            steps = steps_of(
+                self,
                 self._objective(
                     model, lora, concepts=concepts, neutrals=neutrals, unconditional=unconditional, harmless=harmless
                 ),
                 lora.parameters,
-                steps=self.max_train_steps,
-                learning_rate=self.learning_rate,
-                lr_scheduler=self.lr_scheduler,
-                lr_warmup_steps=self.lr_warmup_steps,
-                lr_num_cycles=self.lr_num_cycles,
-                weight_decay=self.weight_decay,
-                max_grad_norm=self.max_grad_norm or float("inf"),
-                optimizer_8bit=run.precision.optimizer_8bit,
+                run=run,
                 seed=seed,
-                folder=run.folder / ("checkpoints" if of == 1 else f"checkpoints-{number:04d}"),
-                checkpointing_steps=self.checkpointing_steps,
+                folder="checkpoints" if of == 1 else f"checkpoints-{number:04d}",
                 record={**trained, "texts": [list(pair) for pair in named], "model": model.name, "seed": seed},
-                shared=False,
             )
             before, total = number * self.max_train_steps, of * self.max_train_steps
             counted = (replace(one, step=before + one.step, total=total) for one in steps)

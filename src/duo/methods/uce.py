@@ -32,6 +32,7 @@ from torch import Tensor
 
 from duo.delta import DIFFERENCE, Delta, made_by
 from duo.errors import UserError
+from duo.fields import check_above_0, check_choices
 from duo.pairs import Pairs
 from duo.plugins import Family, Run, Span
 
@@ -82,12 +83,8 @@ class Uce:
     preserve_scale: float | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
-        for name in ("regularization", "erase_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
+        check_choices(self, CHOICES)
+        check_above_0(self, "regularization", "erase_scale")
         if self.preserve_scale is not None and not self.preserve_scale >= 0:
             raise ValueError(f"preserve_scale is {self.preserve_scale}, expected 0 or more")
         if not all(text.strip() for text in self.concepts):
