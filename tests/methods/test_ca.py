@@ -268,7 +268,7 @@ def test_the_target_moves_to_the_anchor(tiny_sd, concept: SmallFire, tmp_path: P
     [
         ({"objective": "noise-based"}, "objective is 'noise-based', expected one of model, noise"),
         ({"teacher": "ema"}, "teacher is 'ema'"),
-        ({"parameters": "embedding"}, "parameters is 'embedding', expected one of cross-attention, attention, full"),
+        ({"parameters": "embedding"}, "parameters is 'embedding', expected one of cross_attention, attention, full"),
         ({"prompts": "pairs"}, "prompts is 'pairs'"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler is 'cosin'"),
         ({"images": 0}, "images is 0"),
