@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from recording import RecordingRun
-from small_fire import FAMILIES, SmallFire, changed, family
 
 from duo.delta import Delta
 from duo.errors import UserError
@@ -15,6 +13,8 @@ from duo.methods import esd
 from duo.methods.esd import Esd, erased_target
 from duo.recipe import load_recipe
 from duo.sampling import grid
+from recording import RecordingRun
+from small_fire import FAMILIES, SmallFire, changed, family
 
 QUICK = Esd(
     variant="x", learning_rate=1e-3, sampling_steps=5, max_train_steps=6, train_batch_size=2, checkpointing_steps=4

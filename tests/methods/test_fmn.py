@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from recording import RecordingRun
-from small_fire import SmallFire, changed, family
 
 from duo.delta import Delta
 from duo.errors import UserError
 from duo.methods import fmn
 from duo.methods.fmn import PLACEHOLDER, Fmn, attention, captured, concept_mask, pull_norms, resteering_loss
 from duo.recipe import load_recipe
+from recording import RecordingRun
+from small_fire import SmallFire, changed, family
 
 QUICK = Fmn(
     images=2,

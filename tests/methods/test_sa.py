@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from recording import RecordingRun
-from small_fire import FAMILIES, SmallFire, changed, family
 from torch import nn
 
 from duo.checkpoint import read_tensors
@@ -21,6 +19,8 @@ from duo.errors import UserError
 from duo.methods import sa
 from duo.methods.sa import Sa, amnesia_loss, ewc, fisher_times, summed_gradient, trained_modules
 from duo.recipe import load_recipe
+from recording import RecordingRun
+from small_fire import FAMILIES, SmallFire, changed, family
 
 QUICK = Sa(
     surrogate_images=3,

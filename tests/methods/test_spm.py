@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from recording import RecordingRun
-from small_fire import FAMILIES, SmallFire, changed, family
 from torch import Tensor
 
 from duo.conditioning import Conditioning
@@ -19,6 +17,8 @@ from duo.methods.spm import Spm, erase_loss, random_anchors
 from duo.recipe import load_recipe
 from duo.sampling import grid
 from duo.training import attach_lora
+from recording import RecordingRun
+from small_fire import FAMILIES, SmallFire, changed, family
 
 QUICK = Spm(
     learning_rate=1e-2,

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recording import RecordingRun
-from small_fire import FAMILIES, SmallFire, changed, family
 from torch import Tensor
 
 from duo.delta import Delta
 from duo.errors import UserError
 from duo.methods.uce import Equations, Uce
 from duo.recipe import load_recipe
+from recording import RecordingRun
+from small_fire import FAMILIES, SmallFire, changed, family
 
 
 @pytest.fixture
