@@ -361,9 +361,7 @@ def compare(out: Path, docs: Path, workers: int, only: list[str]) -> None:
         found = {name: pool.submit(compared, out, name, recipe) for name, recipe in recipes(only).items()}
         results = {name: future.result() for name, future in found.items()}
     command = "python benchmarks/methods.py compare"
-    write_json(
-        docs / "methods.json", {"methods": results, "world_digest": world_digest(), **machine(), "command": command}
-    )
+    write_json(docs / "methods.json", {"methods": results, **machine(), "command": command})
     print(table(results))
 
 
