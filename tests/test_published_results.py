@@ -52,9 +52,16 @@ def test_every_label_tells_what_the_image_was_drawn_from() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["agreement.json", "budgets.json", "judges.json", "methods.json", "toybox-fire-full-report.json", "toybox-fire-full.json",
-     "tradeoff.json"],
-)  # fmt: skip
+    [
+        "agreement.json",
+        "budgets.json",
+        "judges.json",
+        "methods.json",
+        "toybox-fire-full-report.json",
+        "toybox-fire-full.json",
+        "tradeoff.json",
+    ],
+)
 def test_a_result_names_the_world_that_it_was_measured_in(name: str) -> None:
     assert read(name)["world_digest"] == DIGEST
 
