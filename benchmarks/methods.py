@@ -4,10 +4,11 @@
     python benchmarks/methods.py compare --out runs/methods   # the shipped recipes on the scored prompts, with costs
 
 The space, the objective and the budget below were written before the first trial. Only validation prompts and seeds are
-used, and the curating judge; no attack takes part. Every method is told the same words, those of the concept file, of
-which the pairs' prompts are made; the other routes to the concept are held out for all. Of each method's space the
-first configuration is its published one, at a rate and a length that suit a small model, and the others are drawn. A
-trial may train for `SECONDS` of one core at most: its steps are cut to what it can take in that time, and that number
+used, and the curating judge; no attack takes part. Every method is told the same words, those of the concept file. The
+pairs' prompts are made of them and of two phrases more (burning down, engulfed in flames), which DUO sees, and so does
+a rival whose `prompts`, `concept_text` or `captions` is "prompts"; the other routes to the concept are held out for
+all. Of each method's space the first configuration is a first guess from a few tries by hand, and the others are drawn.
+A trial may train for `SECONDS` of one core at most: its steps are cut to what it can take in that time, and that number
 is what is recorded. What is finished is read back from `trials.jsonl`.
 """
 
@@ -318,11 +319,15 @@ def recipes(only: list[str]) -> dict[str, str]:
 
 
 def compared(out: Path, method: str, name: str) -> dict[str, Any]:
-    """One recipe on the scored prompts, without attacks, and what the erasure cost (pairs of images included)."""
+    """One recipe on the scored prompts, without attacks, and what the erasure cost (pairs of images included).
+
+    The cost is None where the erasure was stopped and gone on with: nobody measured the whole of it.
+    """
     torch.set_num_threads(1)
     recipe = load_recipe(name, overrides=[f"score.unrelated={IMAGES}"])
     rows = tuple(replace(row, images=IMAGES) for row in recipe.attacks if row.row in ROWS)
     session = Session(replace(recipe, attacks=rows), out / f"compare-{method}")
+    whole = not any(session.dir.stage(stage).begun for stage in ("pairs", "erase"))
     meter, began, cpu = Meter(), time.perf_counter(), time.process_time()
     with meter.on(session.model.denoiser):
         if session.method.takes_pairs:
@@ -335,7 +340,7 @@ def compared(out: Path, method: str, name: str) -> dict[str, Any]:
         "denoiser_rows": meter.rows,
     }
     costs = out / f"compare-{method}" / "cost.json"
-    if not costs.exists():  # a run that is read back costs nothing
+    if whole:  # a run that is read back costs nothing, and one that goes on costs less than the whole
         write_json(costs, cost)
     take_originals(out, session.dir.path)
     attack(session)
@@ -343,7 +348,8 @@ def compared(out: Path, method: str, name: str) -> dict[str, Any]:
     score(session)
     scores = read_json(out / f"compare-{method}" / "score" / "scores.json")
     sections = ("attacks", "preservation", "attributes", "near_misses")
-    return {"recipe": name, "cost": read_json(costs), **{key: scores[key] for key in sections}}
+    measured = read_json(costs) if costs.exists() else None
+    return {"recipe": name, "cost": measured, **{key: scores[key] for key in sections}}
 
 
 def take_originals(out: Path, folder: Path) -> None:
@@ -356,7 +362,7 @@ def take_originals(out: Path, folder: Path) -> None:
 
 
 def compare(out: Path, docs: Path, workers: int, only: list[str]) -> None:
-    """Every method's recipe, as `docs/methods.json`; runs that are finished are read back."""
+    """Every method's recipe, as `docs/results/methods.json`; runs that are finished are read back."""
     with ProcessPoolExecutor(workers, max_tasks_per_child=1) as pool:
         found = {name: pool.submit(compared, out, name, recipe) for name, recipe in recipes(only).items()}
         results = {name: future.result() for name, future in found.items()}
@@ -377,12 +383,14 @@ def table(results: dict[str, Any]) -> str:
         unrelated = one["attributes"]["unrelated"]
         kept = [unrelated[model]["all"]["mean"] for model in ("original", "erased")]
         cost = one["cost"]
+        spent = "– | – | –"
+        if cost is not None:
+            spent = f"{cost['core_seconds']:.0f} | {cost['peak_memory_mib']} MiB | {cost['denoiser_rows']:,}"
         lines.append(
             f"| {name} | "
             + " | ".join(f"{rows[row]['rate']:.1%} ({rows[row]['low']:.0%}–{rows[row]['high']:.0%})" for row in ROWS)
             + f" | {rows['prompts']['corrupted_rate']:.0%} | {kept[1]:.1%} (of {kept[0]:.1%}) | "
-            f"{one['preservation']['mean']:.3f} | {cost['core_seconds']:.0f} | {cost['peak_memory_mib']} MiB | "
-            f"{cost['denoiser_rows']:,} |"
+            f"{one['preservation']['mean']:.3f} | {spent} |"
         )
     return "\n".join(lines)
 

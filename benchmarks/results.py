@@ -36,11 +36,20 @@ SWEPT = {"toybox-fire": (5.0, 20.0, 80.0), "toybox-fire-published": (20.0, 80.0)
 SWEEP_ROWS, SWEEP_IMAGES = ("prompts", "prompts_held_out_words"), 120
 
 
-def machine() -> dict[str, str]:
-    """Where and from what the numbers come: what every file of results names."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+def machine() -> dict[str, str | bool]:
+    """Where and from what the numbers come: what every file of results names; "dirty" where code was changed since.
+
+    Changes below `docs` do not count: that is where the results go, those of the same command too.
+    """
+    commit = git("rev-parse", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs")
     processor = platform.processor() or platform.machine()
-    return {"machine": f"{processor}, {os.cpu_count()} cores", "commit": commit, "world_digest": world_digest()}
+    told = {"machine": f"{processor}, {os.cpu_count()} cores", "commit": commit, "world_digest": world_digest()}
+    return {**told, **({"dirty": True} if changed else {})}
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def one(recipe: Recipe, out: Path, originals: Path | None, same_pairs: bool = False) -> dict[str, Any]:

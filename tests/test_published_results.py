@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def test_the_agreement_is_what_the_labels_columns_say() -> None:
     import agreement
 
     rows = agreement.read_labels(RESULTS / "labels.csv")
-    told = {name: value for name, value in read("agreement.json").items() if name not in ("machine", "commit")}
+    told = {name: value for name, value in read("agreement.json").items() if name not in ("machine", "commit", "dirty")}
     assert agreement.compare(RESULTS / "labels.csv") == told
     agreed = sum(row["label"] == row["score"] for row in rows if row["model"] != "original")
     assert (len(rows), agreed) == (216, 84), "78% of 108"
@@ -73,7 +74,25 @@ def test_what_is_written_from_here_on_names_commit_machine_and_world() -> None:
 
     told = results.machine()
     assert told["world_digest"] == world_digest()
-    assert set(told) == {"machine", "commit", "world_digest"}
+    assert set(told) - {"dirty"} == {"machine", "commit", "world_digest"}
+
+
+def test_code_that_no_commit_has_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import results
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    code, result = tmp_path / "code.py", tmp_path / "docs" / "result.json"
+    for path in (code, result):
+        path.write_text("1")
+    name = ("-c", "user.name=one", "-c", "user.email=one@example.org", "-c", "commit.gpgsign=false")
+    for arguments in (["init", "-q"], ["add", "."], [*name, "commit", "-q", "-m", "first"]):
+        subprocess.run(["git", *arguments], check=True)
+    (tmp_path / "untracked").write_text("1")
+    result.write_text("2")  # as the command itself writes it
+    assert set(results.machine()) == {"machine", "commit", "world_digest"}
+    code.write_text("2")
+    assert results.machine()["dirty"] is True
 
 
 def test_the_trials_that_chose_the_demo_can_be_repeated() -> None:

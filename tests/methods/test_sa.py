@@ -17,7 +17,8 @@ from duo.delta import Delta
 from duo.drawn import encode
 from duo.errors import UserError
 from duo.methods import sa
-from duo.methods.sa import Sa, amnesia_loss, ewc, fisher_times, summed_gradient, trained_modules
+from duo.methods.sa import Sa, amnesia_loss, ewc, fisher_times, positions, summed_gradient, trained_modules
+from duo.plugins import Precision
 from duo.recipe import load_recipe
 from recording import RecordingRun
 from small_fire import FAMILIES, SmallFire, changed, family
@@ -129,6 +130,28 @@ def test_the_times_of_the_fisher_information(tiny_sd, vocabulary: Path) -> None:
         firsts.add(int(t[0]))
     assert firsts == {0, 1, 2, 3}
     assert fisher_times(tiny_sd, 7, generator=generator).max() < 1000
+
+
+@pytest.mark.parametrize("k", [1, 7, 16, 250, 300, 700, 1000])
+def test_every_time_has_the_same_chance(k: int) -> None:
+    """Over all starts each of the 1000 is in exactly k draws, so 1000/k times a drawn sum has no bias."""
+    drawn = [positions(start, k) for start in range(1000)]
+    assert torch.bincount(torch.cat(drawn), minlength=1000).tolist() == [k] * 1000
+    for one in drawn:
+        round_them = torch.cat([one, one[:1] + 1000]).diff()  # the last gap leads back to the first
+        assert round_them.min() >= 1000 // k, "none twice"
+        assert round_them.max() <= -(-1000 // k)
+    assert positions(995, 7).tolist() == [137, 280, 423, 566, 709, 852, 995]  # 995 + 142, 285, 428, 571, 714, 857
+
+
+def test_the_start_is_any_of_the_times(tiny_sd) -> None:
+    """At 1 of 1000 the start is all there is; at 700 none is left out for good."""
+    generator = torch.Generator().manual_seed(0)
+    single = [int(fisher_times(tiny_sd, 1, generator=generator)) for _ in range(200)]
+    assert min(single) < 50
+    assert max(single) > 950
+    seen = torch.cat([fisher_times(tiny_sd, 700, generator=generator) for _ in range(60)])
+    assert set(seen.tolist()) == set(range(1000))
 
 
 def test_all_times_of_a_flow_end_in_pure_noise(request: pytest.FixtureRequest) -> None:
@@ -330,6 +353,32 @@ def test_another_fisher_information_is_not_taken_up(tiny_sd, concept: SmallFire,
 def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sa(**changes)
+
+
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        ({"weights": "float16"}, "precision.weights is 'float16', in which small steps are lost; set it to float32"),
+        ({"weights": "bfloat16"}, "precision.weights is 'bfloat16'"),
+        ({"optimizer_8bit": True}, "needs bitsandbytes"),
+    ],
+)
+def test_what_cannot_be_trained_is_known_before_images_are_drawn(
+    tiny_sd,
+    concept: SmallFire,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: dict[str, Any],
+    message: str,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    QUICK.check(tiny_sd, pairs=None, precision=Precision(dtype="float16"))
+    refused = Precision(**precision)
+    with pytest.raises(UserError, match=message):
+        QUICK.check(tiny_sd, pairs=None, precision=refused)
+    with pytest.raises(UserError, match=message):
+        erase(QUICK, tiny_sd, concept, RecordingRun(tmp_path, precision=refused))
+    assert not list(tmp_path.rglob("*.png"))
 
 
 def test_published_values() -> None:

@@ -10,9 +10,10 @@ Departures from the paper and its public code, and why:
 
 - There is no ½ before λ, as in the public code; the paper has one.
 - F is published as the mean over images of (Σ_t ∂MSE_t/∂θ)² over all 1000 times, about five million passes forward
-  and back. `fisher_timesteps` takes k of them for each image, evenly spaced from a random start, and the gradient that
-  it sums stands for 1000/k. That estimates the sum without bias, but not its square, which comes out too large by the
-  sum's variance: about 1000/k − 1 times Σ_t (∂MSE_t/∂θ)², so λ has to be chosen anew. At 1000 it is the published F.
+  and back. `fisher_timesteps` takes k of them for each image, evenly spaced round the 1000 from a random start, so
+  that each time has the chance k/1000, and the gradient that it sums stands for 1000/k. That estimates the sum without
+  bias, but not its square, which comes out too large by the sum's variance: about 1000/k − 1 times Σ_t (∂MSE_t/∂θ)²,
+  so λ has to be chosen anew. At 1000 it is the published F.
 - The penalty is summed over the trained weights alone. The public code sums it, and keeps F and θ*, for all weights:
   those that are not trained add nothing but memory and time.
 - Replay draws from all its images. The public code pairs surrogate and replay by index, up to the shorter set, so of
@@ -42,7 +43,7 @@ from duo.errors import UserError
 from duo.fields import check_above_0, check_above_0_or_none, check_from_0
 from duo.losses import squared_error
 from duo.pairs import Pairs
-from duo.plugins import Family, Run
+from duo.plugins import Family, Precision, Run
 from duo.precision import check_8bit, waiting
 from duo.seeds import seed_for
 from duo.training import follow, steps_of, tune_weights
@@ -118,10 +119,19 @@ class Sa:
         images = self.surrogate_images + self.replay_images
         return {"images": images, "denoiser": rows, "trained": rows, "vae": 2 * images, "text": images}
 
+    def check(self, model: Family, *, pairs: int | None, precision: Precision) -> None:
+        """Raise `UserError` for what training would refuse once all images are drawn."""
+        if precision.weights != "float32":
+            raise UserError(
+                f"precision.weights is {precision.weights!r}, in which small steps are lost; set it to float32, and "
+                "precision.dtype to compute in half precision"
+            )
+        if precision.optimizer_8bit:
+            check_8bit()
+
     def erase(self, model: Family, concept: Any, *, pairs: Pairs | None, run: Run) -> Delta:
         """Draw surrogates and replays, estimate the Fisher information, and train."""
-        if run.precision.optimizer_8bit:
-            check_8bit()
+        self.check(model, pairs=None, precision=run.precision)
         twins, harmless = concept.targets("prompts"), concept.harmless
         safe = [one for _, one in twins]
         surrogate = encode(model, draw(model, safe, n=self.surrogate_images, run=run, name="surrogate"))
@@ -261,10 +271,18 @@ def trained_modules(denoiser: nn.Module, parameters: str, *, component: str) -> 
 
 
 def fisher_times(model: Family, k: int, *, generator: torch.Generator) -> Tensor:
-    """`k` of the `TIMES` times, evenly spaced from a random start: all of them, once each, where k is `TIMES`."""
-    apart = TIMES // k
-    start = int(torch.randint(apart, (1,), generator=generator))
-    return model.process.times((torch.arange(k) * TIMES // k + start + 1) / TIMES)
+    """`k` of the `TIMES` times in their order, no two the same, evenly spaced round them from a random start."""
+    start = int(torch.randint(TIMES, (1,), generator=generator))
+    return model.process.times((positions(start, k) + 1) / TIMES)
+
+
+def positions(start: int, k: int) -> Tensor:
+    """⌊start + i·`TIMES`/k⌋ mod `TIMES` for i = 0 … k − 1, sorted: (k,), all different.
+
+    Each i goes through every position once as `start` goes through all `TIMES`, so every position is in exactly k of
+    the `TIMES` draws, whether k divides `TIMES` or not.
+    """
+    return ((start + torch.arange(k) * TIMES // k) % TIMES).sort().values
 
 
 def summed_gradient(
