@@ -143,8 +143,8 @@ class Concept:
     def targets(self, form: str) -> tuple[tuple[str, str], ...]:
         """What a method that erases by text may name, each with what may stand in its place.
 
-        "words": the concept's words, with the anchor. "prompts": the pairs' unsafe prompts, with the safe ones; they
-        are made of the same words.
+        "words": the concept's words, with the anchor. "prompts": the pairs' unsafe prompts, with the safe ones,
+        which may say it in phrases that are not among the words.
         """
         if form == "words":
             return tuple((word, self.anchor) for word in self.words)
