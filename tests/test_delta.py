@@ -334,6 +334,46 @@ def test_a_file_that_cannot_be_a_change_of_weights_is_refused(tensors, message: 
     assert "\n" not in str(caught.value)
 
 
+GATED = {"0.a.lora_A.weight": torch.ones(1, 3), "0.a.lora_B.weight": torch.ones(3, 1)}
+EMBEDS = {"0.gate.embeds": torch.ones(1, 2, 4)}
+GATE = {"concepts": ["fire"], "token_ids": [[3]]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "tensors", "record", "message"),
+    [
+        ("weights", {"a.weight": torch.ones(3, 2)}, {}, r"holds a\.weight, which is no name .* of kind 'weights'"),
+        ("gated", {**GATED, "a.gate.embeds": torch.ones(1, 2, 4)}, {"gates": [GATE]}, r"holds a\.gate\.embeds, which"),
+        ("gated", GATED, {"gates": [GATE]}, r"adapter 0 but no 0\.gate\.embeds"),
+        ("gated", {**GATED, **EMBEDS, "2.gate.embeds": torch.ones(1, 2, 4)}, {}, r"adapter 1 but no 1\.gate\.embeds"),
+        ("gated", {**GATED, **EMBEDS}, {}, "has 1 adapters but 0 gates"),
+        ("gated", {**GATED, **EMBEDS}, {"gates": [GATE, GATE]}, "has 1 adapters but 2 gates"),
+        ("gated", {**GATED, **EMBEDS}, {"gates": [{"concepts": ["fire"]}]}, "gate 0 has no token_ids"),
+    ],
+)
+def test_a_file_that_lacks_what_its_kind_needs_is_refused(
+    kind: str, tensors, record, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "delta.safetensors"
+    Delta(kind=kind, component="unet", tensors=tensors, record=record).save(path)
+    with pytest.raises(UserError, match=message) as caught:
+        Delta.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["lora", "gated"])
+def test_an_erasure_composed_with_itself_can_be_saved(kind: str, tmp_path: Path) -> None:
+    plain = {name.removeprefix("0."): tensor for name, tensor in GATED.items()}
+    tensors = {**GATED, **EMBEDS} if kind == "gated" else plain
+    delta = Delta(kind=kind, component="unet", tensors=tensors, record={"gates": [GATE]} if kind == "gated" else {})
+    both = compose([delta, delta])
+    both.save(tmp_path / "both.safetensors")
+    again = Delta.load(tmp_path / "both.safetensors")
+    assert again.tensors.keys() == both.tensors.keys()
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in both.tensors.items())
+
+
 def test_a_composition_that_overflows_is_refused() -> None:
     tensors = {"a.lora_A.weight": torch.ones(1, 3), "a.lora_B.weight": torch.full((3, 1), 1e30)}
     delta = Delta(kind="lora", component="unet", tensors=tensors, record={})

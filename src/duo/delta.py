@@ -7,6 +7,7 @@ Three kinds. "lora" and "weights" add to the denoiser's own weights, as low-rank
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,6 +27,11 @@ SCHEMA = 1
 KINDS = ("lora", "weights", "gated")
 COMPONENTS = ("unet", "transformer")  # what a denoiser is called in diffusers' pipelines and in LoRA files
 DIFFERENCE = ".diff"  # ends the names of kind "weights": nobody shall take a difference for the weight itself
+NAMES = {  # what tensors of each kind may be called; the halves of a low-rank product are looked for by themselves
+    "lora": r".+",
+    "weights": rf".+{re.escape(DIFFERENCE)}",
+    "gated": r"[0-9]{1,6}\.(gate\.embeds|.+\.lora_[AB]\.weight)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,8 @@ class Delta:
         rest = {key: value for key, value in record.items() if key not in ("schema", "kind")}
         named = {name.removeprefix(f"{component}."): tensor for name, tensor in tensors.items()}
         _check_tensors(path, kind, named)
+        if kind == "gated":
+            _check_gates(path, named, rest)
         return cls(kind=kind, component=component, tensors=named, record=rest)
 
     def layers(self) -> list[str]:
@@ -238,14 +246,14 @@ def _added(deltas: Sequence[Delta], weights: Sequence[float]) -> dict[str, Tenso
 
 
 def _numbered(deltas: Sequence[Delta], weights: Sequence[float]) -> dict[str, Tensor]:
-    """The adapters of all, numbered anew."""
+    """The adapters of all, numbered anew; copies, as no file can hold one tensor under two names."""
     tensors: dict[str, Tensor] = {}
     first = 0
     for delta, weight in zip(deltas, weights, strict=True):
         count = gating.adapters(delta.tensors)
         for name, tensor in delta.tensors.items():
             number, _, rest = name.partition(".")
-            tensors[f"{first + int(number)}.{rest}"] = tensor * weight if ".lora_B" in rest else tensor
+            tensors[f"{first + int(number)}.{rest}"] = tensor * weight if ".lora_B" in rest else tensor.clone()
         first += count
     return tensors
 
@@ -256,8 +264,11 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def _check_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise `UserError` where half of a low-rank product is missing or does not fit the other, or one is not finite."""
+    """Raise `UserError` where a name is none of its kind's, half of a low-rank product is missing or does not fit the
+    other, or a tensor is not finite."""
     for name in tensors:
+        if not re.fullmatch(NAMES[kind], name):
+            raise UserError(f"{path} holds {name}, which is no name in a delta of kind {kind!r}; run `duo erase` again")
         module, low_rank, _ = name.partition(".lora_")
         down, up = (f"{module}.lora_{part}.weight" for part in "AB")
         if not low_rank and kind != "lora":
@@ -270,3 +281,17 @@ def _check_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> None
     wrong = not_finite(tensors)
     if wrong is not None:
         raise UserError(f"{path}: {wrong} holds NaN or infinity, which would ruin the model; run `duo erase` again")
+
+
+def _check_gates(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Raise `UserError` where an adapter lacks its gate's embeddings or its words in the record."""
+    count, gates = gating.adapters(tensors), record.get("gates")
+    bare = next((i for i in range(count) if f"{i}.gate.embeds" not in tensors), None)
+    if bare is not None:
+        raise UserError(f"{path} holds adapter {bare} but no {bare}.gate.embeds; restore it, or run `duo erase` again")
+    if not isinstance(gates, list) or len(gates) != count:
+        told = len(gates) if isinstance(gates, list) else 0
+        raise UserError(f"{path} has {count} adapters but {told} gates; restore it, or run `duo erase` again")
+    for i, gate in enumerate(gates):
+        if not (isinstance(gate, Mapping) and gate.get("token_ids")):
+            raise UserError(f"{path}: gate {i} has no token_ids; restore it, or run `duo erase` again")

@@ -158,6 +158,17 @@ def adamw(parameters: nn.ParameterList, *, learning_rate: float, weight_decay: f
     return AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
 
 
+def check_tunable(precision: Precision) -> None:
+    """Raise `UserError` where a method that trains the denoiser's own weights cannot do so."""
+    if precision.weights != "float32":
+        raise UserError(
+            f"precision.weights is {precision.weights}, in which the small steps of a method that trains the weights "
+            "themselves are lost; set it to float32, and precision.dtype to compute in half precision"
+        )
+    if precision.optimizer_8bit:
+        check_8bit()
+
+
 def check_8bit() -> None:
     """Raise `UserError` where bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:

@@ -15,6 +15,7 @@ from duo.delta import Delta
 from duo.errors import UserError
 from duo.methods import ca
 from duo.methods.ca import Ca, ablation_loss
+from duo.plugins import Precision
 from duo.recipe import load_recipe
 from duo.stages.planning import Measured, _work
 from recording import RecordingRun
@@ -332,3 +333,12 @@ def test_published_values() -> None:
     assert used.learning_rate == pytest.approx(4e-6 * batch * gpus * with_prior)
     assert (recipe.concept, recipe.model) == ("nudity", "CompVis/stable-diffusion-v1-4")
     assert load_recipe("toybox-fire-ca").method.name == "ca"
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_drawn(tiny_sd, monkeypatch: pytest.MonkeyPatch) -> None:
+    QUICK.check(tiny_sd, pairs=None, precision=Precision(dtype="bfloat16"))
+    with pytest.raises(UserError, match=r"precision.weights is float16.*set it to float32"):
+        QUICK.check(tiny_sd, pairs=None, precision=Precision(weights="float16"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        QUICK.check(tiny_sd, pairs=None, precision=Precision(optimizer_8bit=True))

@@ -11,6 +11,7 @@ from duo.delta import Delta
 from duo.errors import UserError
 from duo.methods import esd
 from duo.methods.esd import Esd, erased_target
+from duo.plugins import Precision
 from duo.recipe import load_recipe
 from duo.sampling import grid
 from recording import RecordingRun
@@ -272,3 +273,19 @@ def test_published_values() -> None:
     )
     assert (recipe.concept, recipe.model) == ("nudity", "CompVis/stable-diffusion-v1-4")
     assert load_recipe("toybox-fire-esd").method.name == "esd"
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_drawn(tiny_sd, monkeypatch: pytest.MonkeyPatch) -> None:
+    QUICK.check(tiny_sd, pairs=None, precision=Precision(dtype="bfloat16"))
+    with pytest.raises(UserError, match=r"precision.weights is float16.*set it to float32"):
+        QUICK.check(tiny_sd, pairs=None, precision=Precision(weights="float16"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        QUICK.check(tiny_sd, pairs=None, precision=Precision(optimizer_8bit=True))
+
+
+def test_more_steps_than_the_model_was_trained_on_are_refused(tiny_sd) -> None:
+    trained = len(tiny_sd.process.alphas_cumprod)
+    replace(QUICK, sampling_steps=trained).check(tiny_sd, pairs=None, precision=Precision())
+    with pytest.raises(UserError, match=f"sampling_steps is {trained + 1}, expected at most {trained}, the steps"):
+        replace(QUICK, sampling_steps=trained + 1).check(tiny_sd, pairs=None, precision=Precision())

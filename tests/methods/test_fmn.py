@@ -12,6 +12,7 @@ from duo.delta import Delta
 from duo.errors import UserError
 from duo.methods import fmn
 from duo.methods.fmn import PLACEHOLDER, Fmn, attention, captured, concept_mask, pull_norms, resteering_loss
+from duo.plugins import Precision
 from duo.recipe import load_recipe
 from recording import RecordingRun
 from small_fire import SmallFire, changed, family
@@ -334,3 +335,25 @@ def test_checkpointed_activations_give_the_same_gradients(tiny_sd, concept: Smal
     tiny_sd.denoiser.enable_gradient_checkpointing()
     saving = erase(method, tiny_sd, concept, RecordingRun(tmp_path / "saving"))
     assert all(torch.allclose(one, saving.tensors[name], atol=1e-5) for name, one in plain.tensors.items())
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_is_drawn(tiny_sd, monkeypatch: pytest.MonkeyPatch) -> None:
+    QUICK.check(tiny_sd, pairs=None, precision=Precision(dtype="bfloat16"))
+    with pytest.raises(UserError, match=r"precision.weights is float16.*set it to float32"):
+        QUICK.check(tiny_sd, pairs=None, precision=Precision(weights="float16"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        QUICK.check(tiny_sd, pairs=None, precision=Precision(optimizer_8bit=True))
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_check_refuses_dits(name: str, request: pytest.FixtureRequest) -> None:
+    with pytest.raises(UserError, match="method fmn is not defined for this family"):
+        QUICK.check(family(name, request), pairs=None, precision=Precision())
+
+
+def test_only_the_empty_braces_of_a_template_are_replaced() -> None:
+    """As `str.format` reads them, the first would want an x and the second would have no place for the word."""
+    for template, caption in (("{} {x}", "burning {x}"), ("a {{}} b", "a {burning} b")):
+        method = Fmn(template=template, inversion_steps=0, images=1)
+        assert method._captions(["burning"], []) == [[(caption, "burning")]]

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from duo.conditioning import Conditioning
 from duo.delta import Delta, compose
+from duo.errors import UserError
 from duo.methods import spm
 from duo.methods.spm import Spm, erase_loss, random_anchors
+from duo.plugins import Precision
 from duo.recipe import load_recipe
 from duo.sampling import grid
 from duo.training import attach_lora
@@ -318,3 +320,16 @@ def test_the_recipe_has_the_published_values() -> None:
     assert (method.lr_num_cycles, method.max_train_steps, method.train_batch_size) == (3, 3000, 1)
     assert (method.gate, method.weight_decay, method.max_grad_norm) == ("prompt", 1e-2, 0.0)
     assert load_recipe("toybox-fire-spm").method.name == "spm"
+
+
+def test_what_cannot_be_trained_is_refused_early(tiny_sd, monkeypatch: pytest.MonkeyPatch) -> None:
+    QUICK.check(tiny_sd, pairs=None, precision=Precision(weights="bfloat16"))  # the membranes are float32 beside it
+    with pytest.raises(UserError, match="no layer scope is called 'cross_atention'"):
+        replace(QUICK, targets=("cross_atention",)).check(tiny_sd, pairs=None, precision=Precision())
+    with monkeypatch.context() as patched:
+        patched.setattr(tiny_sd, "layers", lambda scope: {})
+        with pytest.raises(UserError, match="has no layers of scope 'cross_attention'"):
+            QUICK.check(tiny_sd, pairs=None, precision=Precision())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install bitsandbytes"):
+        QUICK.check(tiny_sd, pairs=None, precision=Precision(optimizer_8bit=True))

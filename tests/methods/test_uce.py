@@ -15,6 +15,7 @@ from torch import Tensor
 from duo.delta import Delta
 from duo.errors import UserError
 from duo.methods.uce import Equations, Uce
+from duo.plugins import Precision
 from duo.recipe import load_recipe
 from recording import RecordingRun
 from small_fire import FAMILIES, SmallFire, changed, family
@@ -240,6 +241,9 @@ def test_prompts_name_what_they_are_told(tiny_sd, concept: SmallFire, tmp_path: 
         ({"of_empty": "bos"}, "of_empty is 'bos', expected one of end, start"),
         ({"regularization": 0.0}, "regularization is 0"),
         ({"erase_scale": float("nan")}, "erase_scale is nan"),
+        ({"regularization": float("inf")}, "regularization is inf, expected a finite number"),
+        ({"erase_scale": float("inf")}, "erase_scale is inf"),
+        ({"preserve_scale": float("inf")}, "preserve_scale is inf"),
         ({"preserve_scale": -1.0}, "preserve_scale is -1"),
         ({"concepts": ("fire", " ")}, "concepts has an empty text"),
     ],
@@ -255,3 +259,16 @@ def test_the_recipe_has_the_published_values() -> None:
     assert (method.tokens, method.preserve_tokens, method.preserve_empty) == ("from_last", "all", True)
     assert (method.regularization, method.erase_scale, method.preserve_scale) == (0.5, 1.0, 1.0)
     assert load_recipe("toybox-fire-uce").method.name == "uce"
+
+
+@pytest.mark.parametrize("changes", [{"anchor": ""}, {"preserve_tokens": "last"}])
+def test_a_start_token_that_is_not_there_is_told_early(
+    changes: dict[str, Any], tiny_sd, request: pytest.FixtureRequest
+) -> None:
+    model, method = family("sd3", request), Uce(of_empty="start", **changes)
+    with pytest.raises(UserError, match="no start token"):
+        method.check(model, pairs=None, precision=Precision())
+    method.check(tiny_sd, pairs=None, precision=Precision())
+    replace(method, of_empty="end").check(model, pairs=None, precision=Precision())
+    # No text without words is asked for its last one.
+    Uce(of_empty="start", anchor="intact").check(model, pairs=None, precision=Precision())

@@ -44,8 +44,8 @@ from duo.drawn import draw, encode
 from duo.fields import check_above_0, check_choices, check_from_0
 from duo.losses import squared_error
 from duo.pairs import Pairs
-from duo.plugins import Family, Run
-from duo.precision import check_8bit, waiting
+from duo.plugins import Family, Precision, Run
+from duo.precision import check_tunable, waiting
 from duo.training import Tuned, follow, steps_of, tune_weights
 
 SCOPES = {"cross_attention": "text_inputs", "attention": "attention", "full": "all"}  # group → layer scope
@@ -131,10 +131,13 @@ class Ca:
             found.setdefault(anchor, []).append(target)
         return found
 
+    def check(self, model: Family, *, pairs: int | None, precision: Precision) -> None:
+        """Raise `UserError` for what does not fit this machine."""
+        check_tunable(precision)
+
     def erase(self, model: Family, concept: Any, *, pairs: Pairs | None, run: Run) -> Delta:
         """Draw the anchor images, and train the weights of the group on them."""
-        if run.precision.optimizer_8bit:
-            check_8bit()
+        self.check(model, pairs=None, precision=run.precision)
         beside = self.beside(concept)
         anchors = list(beside)
         images = draw(

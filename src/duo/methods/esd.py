@@ -37,11 +37,12 @@ import torch
 from torch import Tensor
 
 from duo.delta import Delta, made_by
+from duo.errors import UserError
 from duo.fields import check_above_0, check_above_0_or_none, check_choices, check_from_0
 from duo.losses import squared_error
 from duo.pairs import Pairs
-from duo.plugins import Family, Run
-from duo.precision import check_8bit, waiting
+from duo.plugins import Family, Precision, Run
+from duo.precision import check_tunable, waiting
 from duo.sampling import grid, partly_sampled
 from duo.training import Tuned, follow, steps_of, tune_weights
 
@@ -114,10 +115,19 @@ class Esd:
         scopes = {"x": crossed, "x-strict": "text_inputs", "selfattn": "self_attention", "full": "all"}
         return sorted(model.layers(scopes[self.variant]))
 
+    def check(self, model: Family, *, pairs: int | None, precision: Precision) -> None:
+        """Raise `UserError` for what does not fit the model or this machine."""
+        check_tunable(precision)
+        known = len({*grid(model, self.sampling_steps).tolist()})
+        if known < self.sampling_steps:
+            raise UserError(
+                f"sampling_steps is {self.sampling_steps}, expected at most {known}, the steps that model "
+                f"{model.name!r} was trained on"
+            )
+
     def erase(self, model: Family, concept: Any, *, pairs: Pairs | None, run: Run) -> Delta:
         """Train the weights of the variant's layers on the concept's words or prompts."""
-        if run.precision.optimizer_8bit:
-            check_8bit()
+        self.check(model, pairs=None, precision=run.precision)
         targets = concept.targets(self.prompts)
         made = made_by("esd", self, model=model, run=run)
         # At a constant rate a longer run begins as a shorter one does, so either may go on from the other's checkpoint.
@@ -147,7 +157,7 @@ class Esd:
         with torch.no_grad():
             erased, anchors = (model.text([one[side] for one in targets]) for side in (0, 1))
             empty = model.text([""]).expand(n)
-            left = None if self.erase_from is None else model.text([self.erase_from]).expand(n)
+            c_from = None if self.erase_from is None else model.text([self.erase_from]).expand(n)
 
         def loss(tuned: Tuned, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
             stop = int(torch.randint(self.sampling_steps, (), generator=generator))
@@ -159,7 +169,7 @@ class Esd:
                 low, high = (1 - (stop + more) / self.sampling_steps for more in (1, 0))
                 t = process.sample_t(n, low=max(0.0, low), high=high, generator=generator)
             c = erased[rows]
-            asked = c if left is None else left
+            asked = c if c_from is None else c_from
             with tuned.disabled() if self.trajectory == "frozen" else nullcontext():
                 x_t = partly_sampled(
                     model,
@@ -172,13 +182,13 @@ class Esd:
                 )
             with tuned.disabled():
                 without = model.predict(x_t, t, anchors[rows] if self.base == "anchor" else empty)
-                having = model.predict(x_t, t, c)
-                base = without if left is None else model.predict(x_t, t, left)
-                target = erased_target(base, having, without, eta=self.eta)
+                with_c = model.predict(x_t, t, c)
+                base = without if c_from is None else model.predict(x_t, t, c_from)
+                target = erased_target(base, with_c, without, eta=self.eta)
             student = model.predict(x_t, t, asked)
             numbers = {
                 "stop": torch.tensor(float(stop), device=model.device),
-                "concept": squared_error(having, without).mean(),  # what c adds to the frozen prediction here
+                "concept": squared_error(with_c, without).mean(),  # what c adds to the frozen prediction here
                 "to_base": squared_error(student.detach(), base).mean(),  # and what is left of it in the student's
             }
             return squared_error(student, target).mean(), numbers

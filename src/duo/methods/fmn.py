@@ -38,8 +38,8 @@ from duo.drawn import draw, encode
 from duo.errors import UserError
 from duo.fields import check_above_0, check_from_0
 from duo.pairs import Pairs
-from duo.plugins import Family, Run
-from duo.precision import check_8bit, waiting
+from duo.plugins import Family, Precision, Run
+from duo.precision import check_tunable, waiting
 from duo.training import fit, follow, steps_of, tune_weights
 
 PLACEHOLDER = "<concept>"
@@ -102,15 +102,18 @@ class Fmn:
         drawn = {"images": self.images, "vae": 2 * self.images}
         return {"denoiser": rows, "trained": rows, "text": inverted + self.images, **drawn}
 
-    def erase(self, model: Family, concept: Any, *, pairs: Pairs | None, run: Run) -> Delta:
-        """Draw images of the concept, learn a word for it where asked, and turn attention away from it."""
+    def check(self, model: Family, *, pairs: int | None, precision: Precision) -> None:
+        """Raise `UserError` for a model without cross-attention, or what does not fit this machine."""
         if model.component != "unet":
             raise UserError(
                 "method fmn is not defined for this family: it has no cross-attention, only image and text that attend "
                 f"to each other as one; erase from model {model.name!r} with another method"
             )
-        if run.precision.optimizer_8bit:
-            check_8bit()
+        check_tunable(precision)
+
+    def erase(self, model: Family, concept: Any, *, pairs: Pairs | None, run: Run) -> Delta:
+        """Draw images of the concept, learn a word for it where asked, and turn attention away from it."""
+        self.check(model, pairs=None, precision=run.precision)
         prompts = [unsafe for unsafe, _ in concept.targets("prompts")]
         drawn = draw(model, prompts, n=self.images, run=run, name="images")
         latents = encode(model, drawn)
@@ -160,7 +163,7 @@ class Fmn:
         """The captions that each image may have, with the word in them that stands for the concept."""
         name = PLACEHOLDER if self.inversion_steps else None
         if self.captions == "template":
-            return [[(self.template.format(word), word) for word in ([name] if name else words)]] * self.images
+            return [[(self.template.replace("{}", word), word) for word in ([name] if name else words)]] * self.images
         captions = []
         for i in range(self.images):
             prompt = prompts[i % len(prompts)]

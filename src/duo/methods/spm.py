@@ -33,10 +33,11 @@ from torch.nn import functional as F
 
 from duo.conditioning import Conditioning
 from duo.delta import Delta, compose, made_by
+from duo.errors import UserError
 from duo.fields import check_above_0, check_choices, check_from_0
 from duo.gating import gate_of
 from duo.pairs import Pairs
-from duo.plugins import Family, Run
+from duo.plugins import Family, Precision, Run
 from duo.precision import check_8bit, waiting
 from duo.sampling import grid, partly_sampled
 from duo.seeds import seed_for
@@ -115,10 +116,17 @@ class Spm:
         frozen = (2 + self.anchors + sampled) * self.train_batch_size * self.max_train_steps
         return {"denoiser": frozen + trained, "trained": trained, "steps": self.max_train_steps}
 
+    def check(self, model: Family, *, pairs: int | None, precision: Precision) -> None:
+        """Raise `UserError` for what does not fit the model or this machine."""
+        if precision.optimizer_8bit:
+            check_8bit()
+        for scope in self.targets:
+            if not model.layers(scope):
+                raise UserError(f"targets: the denoiser of model {model.name!r} has no layers of scope {scope!r}")
+
     def erase(self, model: Family, concept: Any, *, pairs: Pairs | None, run: Run) -> Delta:
         """Train the membranes, one adapter after the other, and set their gates."""
-        if run.precision.optimizer_8bit:
-            check_8bit()
+        self.check(model, pairs=None, precision=run.precision)
         named = [(one, concept.anchor) for one in self.concepts] or list(concept.targets(self.prompts))
         named = [(one, "" if self.neutral == "empty" else anchor) for one, anchor in dict(named).items()]
         apart = self.adapters == "per_concept"

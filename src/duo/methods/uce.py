@@ -23,6 +23,7 @@ Departures from the authors' code:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -34,7 +35,7 @@ from duo.delta import DIFFERENCE, Delta, made_by
 from duo.errors import UserError
 from duo.fields import check_above_0, check_choices
 from duo.pairs import Pairs
-from duo.plugins import Family, Run, Span
+from duo.plugins import Family, Precision, Run, Span
 
 Tokens = Literal["last", "from_last", "all"]
 Technique = Literal["replace", "tensor"]
@@ -87,6 +88,9 @@ class Uce:
         check_above_0(self, "regularization", "erase_scale")
         if self.preserve_scale is not None and not self.preserve_scale >= 0:
             raise ValueError(f"preserve_scale is {self.preserve_scale}, expected 0 or more")
+        for name in ("regularization", "erase_scale", "preserve_scale"):
+            if math.inf == getattr(self, name):
+                raise ValueError(f"{name} is inf, expected a finite number")
         if not all(text.strip() for text in self.concepts):
             raise ValueError("concepts has an empty text, which has no word to erase; anchor may be empty")
 
@@ -94,8 +98,18 @@ class Uce:
         """The texts that are named here; the concept's own come on top. The denoiser is not run."""
         return {"text": len(self.concepts) + len(self.preserve) + self.preserve_empty}
 
+    def check(self, model: Family, *, pairs: int | None, precision: Precision) -> None:
+        """Raise `UserError` where a text that is named here has no place in this model to be erased or preserved at."""
+        named = [] if self.anchor is None else [self.anchor]
+        if self.preserve_tokens != "all":
+            named += [*([""] if self.preserve_empty else []), *self.preserve]
+        for text in named:
+            for span in model.spans(text):
+                self._last(span)
+
     def erase(self, model: Family, concept: Any, *, pairs: Pairs | None, run: Run) -> Delta:
         """Sum up all the texts, then solve once for the layers that read the sequence and once for the pooled text."""
+        self.check(model, pairs=None, precision=run.precision)
         erased, preserved = self._texts(concept)
         weights: dict[str, Any] = {name: layer.weight for name, layer in model.layers(SCOPE).items()}
         systems = {
