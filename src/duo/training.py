@@ -250,6 +250,17 @@ def fit(
         )
 
 
+def fixed_by(config: Mapping[str, Any], *free: str) -> dict[str, Any]:
+    """What of a method's configuration a run must keep to go on from its checkpoint: not the fields `free`.
+
+    Nor how often checkpoints are made; nor the number of steps at a constant rate, where a longer run begins as a
+    shorter one does, so that either may go on from the other's.
+    """
+    constant = str(config.get("lr_scheduler", "constant")).startswith("constant")
+    dropped = {"checkpointing_steps", *free, *(["max_train_steps"] if constant else [])}
+    return {name: value for name, value in config.items() if name not in dropped}
+
+
 def steps_of(
     settings: Any,
     loss: Callable[[torch.Generator], tuple[Tensor, Mapping[str, Tensor]]],

@@ -46,7 +46,7 @@ from duo.losses import squared_error
 from duo.pairs import Pairs
 from duo.plugins import Family, Precision, Run
 from duo.precision import check_tunable, waiting
-from duo.training import Tuned, follow, steps_of, tune_weights
+from duo.training import Tuned, fixed_by, follow, steps_of, tune_weights
 
 SCOPES = {"cross_attention": "text_inputs", "attention": "attention", "full": "all"}  # group → layer scope
 PLACES = ("{word}, {caption}", "in {word} style, {caption}", "{caption}, {word}")  # as published for nudity
@@ -155,9 +155,7 @@ class Ca:
                 latents = torch.cat([latents, encode(model, [ImageOps.mirror(one) for one in images])[None]])
             texts = _Texts(model, beside)
         made = made_by("ca", self, model=model, run=run)
-        # At a constant rate a longer run begins as a shorter one does, so either may go on from the other's checkpoint.
-        free = {"checkpointing_steps"} | ({"max_train_steps"} if self.lr_scheduler == "constant" else set())
-        trained = {key: v for key, v in made["config"].items() if key not in free}
+        trained = fixed_by(made["config"])
         start = model.layers("text_inputs").values() if self.hold_start and model.component == "unet" else ()
         with (
             waiting(model.encoders(), device=model.device, offload=run.precision.offload),

@@ -31,7 +31,7 @@ from duo.losses import duo_loss, prior_loss, squared_error
 from duo.pairs import Pairs
 from duo.plugins import Family, Precision, Run
 from duo.precision import check_8bit, check_prior, rounds, sharded, unrounded, waiting
-from duo.training import Lora, attach_lora, follow, steps_of
+from duo.training import Lora, attach_lora, fixed_by, follow, steps_of
 
 Schedule = Literal[
     "constant", "constant_with_warmup", "linear", "cosine"
@@ -125,9 +125,7 @@ class Duo:
         layers = sorted({name for scope in self.targets for name in model.layers(scope)})
         alpha = float(self.rank if self.lora_alpha is None else self.lora_alpha)
         made = made_by("duo", self, model=model, run=run)
-        # At a constant rate a longer run begins as a shorter one does, so either may go on from the other's checkpoint.
-        free = {"checkpointing_steps"} | ({"max_train_steps"} if self.lr_scheduler.startswith("constant") else set())
-        trained = {key: v for key, v in made["config"].items() if key not in free}
+        trained = fixed_by(made["config"])
         with (
             waiting(model.encoders(), device=model.device, offload=run.precision.offload),
             sharded(model, shard=run.precision.shard),

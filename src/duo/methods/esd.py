@@ -44,7 +44,7 @@ from duo.pairs import Pairs
 from duo.plugins import Family, Precision, Run
 from duo.precision import check_tunable, waiting
 from duo.sampling import grid, partly_sampled
-from duo.training import Tuned, follow, steps_of, tune_weights
+from duo.training import Tuned, fixed_by, follow, steps_of, tune_weights
 
 Variant = Literal["x", "x-strict", "u", "selfattn", "full"]
 CHOICES = {
@@ -130,9 +130,7 @@ class Esd:
         self.check(model, pairs=None, precision=run.precision)
         targets = concept.targets(self.prompts)
         made = made_by("esd", self, model=model, run=run)
-        # At a constant rate a longer run begins as a shorter one does, so either may go on from the other's checkpoint.
-        free = {"checkpointing_steps"} | ({"max_train_steps"} if self.lr_scheduler == "constant" else set())
-        trained = {key: v for key, v in made["config"].items() if key not in free}
+        trained = fixed_by(made["config"])
         objective = self._objective(model, targets)
         with (
             waiting(model.encoders(), device=model.device, offload=run.precision.offload),

@@ -44,7 +44,7 @@ from duo.fields import check_above_0, check_above_0_or_none, check_from_0
 from duo.losses import squared_error
 from duo.pairs import Pairs
 from duo.plugins import Family, Precision, Run
-from duo.precision import check_8bit, waiting
+from duo.precision import check_tunable, waiting
 from duo.seeds import seed_for
 from duo.training import follow, steps_of, tune_weights
 
@@ -121,13 +121,7 @@ class Sa:
 
     def check(self, model: Family, *, pairs: int | None, precision: Precision) -> None:
         """Raise `UserError` for what training would refuse once all images are drawn."""
-        if precision.weights != "float32":
-            raise UserError(
-                f"precision.weights is {precision.weights!r}, in which small steps are lost; set it to float32, and "
-                "precision.dtype to compute in half precision"
-            )
-        if precision.optimizer_8bit:
-            check_8bit()
+        check_tunable(precision)
 
     def erase(self, model: Family, concept: Any, *, pairs: Pairs | None, run: Run) -> Delta:
         """Draw surrogates and replays, estimate the Fisher information, and train."""

@@ -41,7 +41,7 @@ from duo.plugins import Family, Precision, Run
 from duo.precision import check_8bit, waiting
 from duo.sampling import grid, partly_sampled
 from duo.seeds import seed_for
-from duo.training import Lora, attach_lora, follow, steps_of
+from duo.training import Lora, attach_lora, fixed_by, follow, steps_of
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts"]
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -164,8 +164,7 @@ class Spm:
         concepts, neutrals = (model.text(texts) for texts in zip(*named, strict=True))
         unconditional = model.unconditional()
         harmless = model.text(concept.harmless) if self.anchoring == "harmless" else None
-        free = {"checkpointing_steps", "gate"} | ({"max_train_steps"} if self._may_be_longer else set())
-        trained = {key: value for key, value in made["config"].items() if key not in free}
+        trained = fixed_by(made["config"], "gate")
         with (
             waiting(model.encoders(), device=model.device, offload=run.precision.offload),
             attach_lora(
@@ -187,11 +186,6 @@ class Spm:
             counted = (replace(one, step=before + one.step, total=total) for one in steps)
             follow(counted, run=run, total=total, label="spm")
             return lora.tensors()
-
-    @property
-    def _may_be_longer(self) -> bool:
-        """Whether a longer run begins as this one: at a constant rate either may go on from the other's checkpoint."""
-        return self.lr_scheduler.startswith("constant")
 
     def _objective(
         self,
