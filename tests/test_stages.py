@@ -1020,3 +1020,12 @@ def test_the_erasure_says_which_base_it_is_of(open_session: Any) -> None:
     session.model.denoiser.get_submodule(layer).weight.data += 0.1
     with pytest.raises(UserError, match="with other weights than model 'tiny'"):
         attack(session)
+
+
+def test_a_run_without_an_attack_is_refused_before_anything_is_made(open_session: Any) -> None:
+    from duo.stages import run
+
+    session = open_session("run", "attacks=[]")
+    with pytest.raises(UserError, match=r"attacks is empty, .* give an \[\[attacks\]\] table"):
+        run(session)
+    assert not session.dir.path.exists()

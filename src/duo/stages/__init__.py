@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from duo import parallel
+from duo.errors import UserError
 from duo.rundir import RunDir
 from duo.stages.attacking import attack
 from duo.stages.erasing import erase
@@ -22,6 +23,8 @@ __all__ = ["Session", "attack", "erase", "make_pairs", "plan", "report", "run", 
 
 def run(session: Session, *, uncensored: bool = False) -> Path:
     """All stages, then the report; returns the path of `report.html`."""
+    if not session.recipe.attacks:  # told now, and not by the report after hours of work
+        raise UserError("attacks is empty, and a report needs at least one row; give an [[attacks]] table")
     _ = session.judge.digest  # a judge whose weights cannot be read is told now, not after hours of work
     if session.method.takes_pairs:
         make_pairs(session)
