@@ -162,8 +162,8 @@ def check_tunable(precision: Precision) -> None:
     """Raise `UserError` where a method that trains the denoiser's own weights cannot do so."""
     if precision.weights != "float32":
         raise UserError(
-            f"precision.weights is {precision.weights}, in which the small steps of a method that trains the weights "
-            "themselves are lost; set it to float32, and precision.dtype to compute in half precision"
+            f"precision.weights is {precision.weights!r}, in which small steps are lost; set it to float32, for this "
+            "method trains the weights themselves, and precision.dtype to compute in half precision"
         )
     if precision.optimizer_8bit:
         check_8bit()
