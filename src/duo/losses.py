@@ -8,6 +8,8 @@ policy's denoising error on image x, e_φ(x) that of the frozen reference and Δ
 Errors are means over a row's elements, as in the authors' code (the paper writes sums, so its β is smaller by the
 number of elements). The sign between the two Δ is a minus; equation 4 of the workshop paper prints a plus, with which
 both errors would fall.
+
+`erased_target` is what methods that erase by text share.
 """
 
 from __future__ import annotations
@@ -74,3 +76,12 @@ def prior_loss(policy: Tensor, reference: Tensor, *, scale: Tensor | None = None
     `scale` is as for `squared_error`.
     """
     return squared_error(policy, reference, scale=scale).mean()
+
+
+def erased_target(base: Tensor, concept: Tensor, without: Tensor, *, eta: float) -> Tensor:
+    """What the student is to predict: base − η·(concept − without), from predictions of the frozen model.
+
+    In equation 8 of ESD (Gandikota et al. 2023) `base` is `without`, the unconditional one; in its attribute form that
+    of c_from. SPM's (Lyu et al. 2024) is the same, with what is neutral for both.
+    """
+    return base - eta * (concept - without)

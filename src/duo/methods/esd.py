@@ -39,7 +39,7 @@ from torch import Tensor
 from duo.delta import Delta, made_by
 from duo.errors import UserError
 from duo.fields import check_above_0, check_above_0_or_none, check_choices, check_from_0
-from duo.losses import squared_error
+from duo.losses import erased_target, squared_error
 from duo.pairs import Pairs
 from duo.plugins import Family, Precision, Run
 from duo.precision import check_tunable, waiting
@@ -192,11 +192,3 @@ class Esd:
             return squared_error(student, target).mean(), numbers
 
         return loss
-
-
-def erased_target(base: Tensor, concept: Tensor, without: Tensor, *, eta: float) -> Tensor:
-    """What the student is to predict: base − η·(concept − without), from predictions of the frozen model.
-
-    In the paper's equation 8 `base` is `without`, the unconditional one; in its attribute form that of c_from.
-    """
-    return base - eta * (concept - without)

@@ -36,6 +36,7 @@ from duo.delta import Delta, compose, made_by
 from duo.errors import UserError
 from duo.fields import check_above_0, check_choices, check_from_0
 from duo.gating import gate_of
+from duo.losses import erased_target
 from duo.pairs import Pairs
 from duo.plugins import Family, Precision, Run
 from duo.precision import check_8bit, waiting
@@ -235,7 +236,7 @@ class Spm:
 
 def erase_loss(student: Tensor, *, concept: Tensor, neutral: Tensor, eta: float) -> Tensor:
     """‖student − (neutral − η[concept − neutral])‖², mean over elements; the last two of the frozen model."""
-    return F.mse_loss(student, neutral - eta * (concept - neutral))
+    return F.mse_loss(student, erased_target(neutral, concept, neutral, eta=eta))
 
 
 def random_anchors(text: Conditioning, n: int, *, generator: torch.Generator) -> Conditioning:
