@@ -7,9 +7,11 @@ The space, the objective and the budget below were written before the first tria
 used, and the curating judge; no attack takes part. Every method is told the same words, those of the concept file. The
 pairs' prompts are made of them and of two phrases more (burning down, engulfed in flames), which DUO sees, and so does
 a rival whose `prompts`, `concept_text` or `captions` is "prompts"; the other routes to the concept are held out for
-all. Of each method's space the first configuration is a first guess from a few tries by hand, and the others are drawn.
-A trial may train for `SECONDS` of one core at most: its steps are cut to what it can take in that time, and that number
-is what is recorded. What is finished is read back from `trials.jsonl`.
+all. A method has two spaces. In `SPACES` the first configuration is a first guess from a few tries by hand; in
+`PUBLISHED`, which came later, it is the published form with its rate and its counts cut to a small model and `SECONDS`.
+The other trials are drawn over the first one. The `FINALISTS` best are trained again with `FINAL_SEEDS`, and the mean
+over the seeds chooses. A trial may train for `SECONDS` of one core at most: its steps are cut to what it can take in
+that time, and that number is what is recorded. What is finished is read back from `trials.jsonl`.
 """
 
 from __future__ import annotations
@@ -40,9 +42,12 @@ from duo.seeds import seed_for
 from duo.stages import attack, erase, make_pairs, score
 from duo.toybox import world_digest
 
-TRIALS = 5  # of each method
+TRIALS = {"first": 5, "published": 3}  # of each method, in each of its spaces
 SECONDS = 120.0  # of one core that a trial may train for
 SEED = 11
+FINALISTS = 2
+FINAL_SEEDS = (12, 13)
+PROBE = 10  # steps that tell what one costs: those of ESD end where chance has it
 LOOKED_AT: dict[str, Any] = {"sets": ("plain",), "images_each": 48}
 DIVERGED = 10.0  # the objective of a trial that diverged
 ROWS = ("prompts", "prompts_held_out_words", "prompts_held_out_subjects")
@@ -201,11 +206,111 @@ SPACES: dict[str, tuple[dict[str, Any], dict[str, Draw]]] = {
 }
 
 
+# The same for the published form: every value that is not named is the one of the method's class, its authors'.
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Draw]]] = {
+    "duo": (
+        {"beta": 30.0, "learning_rate": 1e-3, "prior_weight": 100.0, "train_batch_size": 16, "max_train_steps": 100},
+        {
+            "beta": log_uniform(5, 100),
+            "learning_rate": log_uniform(3e-4, 2e-3),
+            "lr_scheduler": choice("constant", "cosine"),
+            "prior_weight": log_uniform(10, 1000),
+            "train_batch_size": choice(16, 32),
+            "targets": choice(["self_attention"], ["self_attention", "feed_forward", "convolutions"]),
+            "pair_timesteps": choice("independent", "shared"),
+            "timestep_range": choice([0.0, 0.75], [0.3, 1.0]),
+            "positive_penalty": choice(0.0, 1.0),
+        },
+    ),
+    "esd": (
+        {"learning_rate": 1e-4, "sampling_steps": 10, "max_train_steps": 400},
+        {
+            "variant": choice("u", "full", "x", "x-strict", "selfattn"),
+            "prompts": choice("words", "prompts"),
+            "base": choice("unconditional", "anchor"),
+            "eta": choice(0.0, 0.5, 1.0),
+            "learning_rate": log_uniform(2e-5, 3e-4),
+            "lr_scheduler": choice("constant", "cosine"),
+            "train_batch_size": choice(1, 2),
+        },
+    ),
+    "ca": (
+        {"images": 64, "learning_rate": 2e-4, "max_train_steps": 200},
+        {
+            "parameters": choice("attention", "cross_attention", "full"),
+            "teacher": choice("current", "frozen"),
+            "prompts": choice("words", "prompts"),
+            "prior_weight": choice(0.0, 1.0),
+            "guidance_scale": choice(3.5, 6.0),
+            "negative_words": choice(True, False),
+            "learning_rate": log_uniform(5e-5, 1e-3),
+        },
+    ),
+    "uce": (
+        {"anchor": ""},
+        {
+            "anchor": choice("", None),
+            "technique": choice("replace", "tensor"),
+            "tokens": choice("last", "from_last"),
+            "regularization": log_uniform(0.03, 2),
+            "preserve_scale": log_uniform(0.03, 1),
+            "erase_scale": log_uniform(1, 5),
+            "preserve_harmless": choice(False, True),
+        },
+    ),
+    "spm": (
+        {"learning_rate": 2e-3, "lr_warmup_steps": 20, "grid_steps": 8, "train_batch_size": 2, "max_train_steps": 120},
+        {
+            "prompts": choice("words", "prompts"),
+            "neutral": choice("empty", "anchor"),
+            "eta": choice(0.5, 1.0),
+            "anchor_weight": log_uniform(10, 1000),
+            "learning_rate": log_uniform(5e-4, 5e-3),
+        },
+    ),
+    "fmn": (
+        {"learning_rate": 2e-5, "inversion_steps": 200, "max_train_steps": 70},
+        {
+            "learning_rate": log_uniform(1e-5, 1e-4),
+            "max_train_steps": choice(35, 70),
+            "captions": choice("template", "prompts"),
+            "inversion_steps": choice(0, 200),
+            "images": choice(10, 40),
+            "train_batch_size": choice(1, 4),
+            "parameters": choice("full", "cross_attention"),
+            "use_pooler": choice(True, False),
+        },
+    ),
+    "sa": (
+        {
+            "surrogate_images": 64,
+            "replay_images": 64,
+            "fisher_samples": 12,
+            "fisher_timesteps": 16,
+            "train_batch_size": 8,
+            "max_train_steps": 120,
+        },
+        {
+            "parameters": choice("noxattn", "full"),
+            "concept_text": choice("words", "prompts"),
+            "ewc_weight": log_uniform(1e-3, 50),
+            "replay_weight": choice(1.0, 3.0),
+            "learning_rate": log_uniform(5e-5, 3e-4),
+            "max_train_steps": choice(80, 120),
+        },
+    ),
+}
+
+
 def configurations(method: str) -> list[dict[str, Any]]:
     """The trials of a method, in their order; the same at every call."""
-    first, ranges = SPACES[method]
-    rng = np.random.default_rng(seed_for(SEED, method))
-    return [first, *({**first, **{name: draw(rng) for name, draw in ranges.items()}} for _ in range(TRIALS - 1))]
+    trials = []
+    for space, spaces in (("first", SPACES), ("published", PUBLISHED)):
+        first, ranges = spaces[method]
+        rng = np.random.default_rng(seed_for(SEED, method, *([space] if space != "first" else [])))
+        drawn = ({name: draw(rng) for name, draw in ranges.items()} for _ in range(TRIALS[space] - 1))
+        trials += [first, *({**first, **one} for one in drawn)]
+    return trials
 
 
 def made(method: str, config: dict[str, Any]) -> Any:
@@ -242,33 +347,33 @@ class Stopwatch(StageRun):
 
 
 def affordable(method: Any, model: Any, concept: Any, pairs: Pairs, folder: Path) -> int | None:
-    """The steps that fit into `SECONDS`, from the second and third step of a first try; None of a method without."""
+    """The steps that fit into `SECONDS`, from all but the first of a short try; None of a method without."""
     if not hasattr(method, "max_train_steps"):
         return None
     run = Stopwatch(
         folder=folder / "probe", seed=SEED, device=model.device, sampling=load_recipe("toybox-fire").sampling
     )
     began = time.process_time()
-    replace(method, max_train_steps=4).erase(model, concept, pairs=pairs if method.takes_pairs else None, run=run)
-    second, _, last = run.times[-3:]
-    step, before = (last - second) / 2, run.times[0] - began
+    replace(method, max_train_steps=PROBE).erase(model, concept, pairs=pairs if method.takes_pairs else None, run=run)
+    first, last = run.times[-PROBE], run.times[-1]
+    step, before = (last - first) / (PROBE - 1), first - began
     return max(1, int((SECONDS - before) / step))
 
 
-def trial(out: Path, name: str, number: int, config: dict[str, Any]) -> dict[str, Any]:
+def trial(out: Path, name: str, number: int, seed: int, config: dict[str, Any]) -> dict[str, Any]:
     """Train one configuration for as long as it may, and look at what it draws."""
     torch.set_num_threads(1)
     recipe, concept = load_recipe("toybox-fire"), load_concept("toybox-fire")
     model = load_family("toybox", device="cpu")
     base, references = reference(out, model, concept, recipe.sampling, **LOOKED_AT)
     pairs = Pairs.read(out / "pairs-run" / "pairs")
-    folder = out / f"{name}-{number:02d}"
+    folder = out / (f"{name}-{number:02d}" + (f"-seed-{seed}" if seed != SEED else ""))
     method = made(name, config)
-    steps = affordable(method, model, concept, pairs, folder)
+    steps = affordable(method, model, concept, pairs, folder) if seed == SEED else None
     if steps is not None:
         config = {**config, "max_train_steps": min(method.max_train_steps, steps)}
         method = made(name, config)
-    run = StageRun(folder=folder, seed=SEED, device=model.device, sampling=recipe.sampling)
+    run = StageRun(folder=folder, seed=seed, device=model.device, sampling=recipe.sampling)
     meter, began = Meter(), time.process_time()
     with meter.on(model.denoiser):
         delta = method.erase(model, concept, pairs=pairs if method.takes_pairs else None, run=run)
@@ -276,7 +381,8 @@ def trial(out: Path, name: str, number: int, config: dict[str, Any]) -> dict[str
     delta.save(folder / "delta.safetensors")
     with delta.attached(model):
         seen, _ = look(model, concept, recipe.sampling, references, **LOOKED_AT)
-    record = {"method": name, "trial": number, "config": config, "core_seconds": round(seconds, 1), "rows": meter.rows}
+    record = {"method": name, "trial": number, "seed": seed, "config": config}
+    record |= {"core_seconds": round(seconds, 1), "rows": meter.rows}
     return {**record, **seen, "objective": objective(seen, base), "base": base}
 
 
@@ -286,28 +392,60 @@ def tune(out: Path, workers: int, only: list[str]) -> None:
     session = Session(load_recipe("toybox-fire", overrides=["seed=1000"]), out / "pairs-run")
     make_pairs(session)
     reference(out, session.model, concept, session.recipe.sampling, **LOOKED_AT)
-    log = out / "trials.jsonl"
-    done = {(row["method"], row["trial"]) for row in read_jsonl(log, appended=True)}
+    log, methods = out / "trials.jsonl", only or list(SPACES)
     with ProcessPoolExecutor(workers, max_tasks_per_child=1) as pool:
-        futures = {
-            (name, number): pool.submit(trial, out, name, number, config)
-            for number in range(TRIALS)
-            for name in only or SPACES
-            if (name, number) not in done
-            for config in [configurations(name)[number]]
+        numbers = range(sum(TRIALS.values()))
+        measure(pool, out, log, {(name, n, SEED): configurations(name)[n] for n in numbers for name in methods})
+        finals = {name: best(log, name) for name in methods}  # trained as long as they were the first time
+        measure(
+            pool,
+            out,
+            log,
+            {
+                (name, row["trial"], seed): row["config"]
+                for name, rows in finals.items()
+                for row in rows
+                for seed in FINAL_SEEDS
+            },
+        )
+    for name in methods:
+        print(json.dumps(chosen(log, name), sort_keys=True))
+
+
+def measure(
+    pool: ProcessPoolExecutor, out: Path, log: Path, wanted: dict[tuple[str, int, int], dict[str, Any]]
+) -> None:
+    """Run the trials (method, number, seed) that the log does not have, and record each."""
+    done = {(row["method"], row["trial"], row["seed"]) for row in read_jsonl(log, appended=True)}
+    futures = {key: pool.submit(trial, out, *key, config) for key, config in wanted.items() if key not in done}
+    for (name, number, seed), future in futures.items():
+        try:
+            row = future.result()
+        except UserError as error:  # a diverged trial is a result: the worst one
+            row = {"method": name, "trial": number, "seed": seed, "config": wanted[name, number, seed]}
+            row |= {"objective": DIVERGED, "error": str(error)}
+        append_jsonl(log, {**row, "world_digest": world_digest()})
+        told = {key: round(value, 3) for key, value in row.items() if isinstance(value, float)}
+        print(name, number, seed, told, flush=True)
+
+
+def best(log: Path, name: str) -> list[dict[str, Any]]:
+    """The trials of a method that are trained again."""
+    rows = [row for row in read_jsonl(log, appended=True) if row["method"] == name and row["seed"] == SEED]
+    return sorted(rows, key=lambda row: row["objective"])[:FINALISTS]
+
+
+def chosen(log: Path, name: str) -> dict[str, Any]:
+    """The finalist with the lowest mean of the objective over all seeds."""
+    rows = [row for row in read_jsonl(log, appended=True) if row["method"] == name]
+    finalists = [
+        {
+            **{key: first[key] for key in ("method", "trial", "config")},
+            "objective": float(np.mean([row["objective"] for row in rows if row["trial"] == first["trial"]])),
         }
-        for (name, number), future in futures.items():
-            try:
-                row = future.result()
-            except UserError as error:  # a diverged trial is a result: the worst one
-                row = {"method": name, "trial": number, "config": configurations(name)[number]}
-                row |= {"objective": DIVERGED, "error": str(error)}
-            append_jsonl(log, {**row, "world_digest": world_digest()})
-            told = {key: round(value, 3) for key, value in row.items() if isinstance(value, float)}
-            print(name, number, told, flush=True)
-    for name in only or SPACES:
-        rows = [row for row in read_jsonl(log, appended=True) if row["method"] == name]
-        print(json.dumps(min(rows, key=lambda row: row["objective"]), sort_keys=True))
+        for first in best(log, name)
+    ]
+    return min(finalists, key=lambda row: row["objective"])
 
 
 # --- the comparison ---------------------------------------------------------------------------------
