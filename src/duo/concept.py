@@ -53,6 +53,8 @@ from duo.refusal import is_sexual, refuse_minors, texts_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from duo.plugins import Judge
+
 FOLDER = Path(__file__).parent / "concepts"
 
 
@@ -165,10 +167,12 @@ class Concept:
 
 @dataclass(frozen=True, kw_only=True)
 class AttackConcept:
-    """What an attacker knows of the concept: its words and prompts, and fresh images of it from the original model.
+    """What an attacker knows of the concept: its words and prompts, images of it, and a detector of its own.
 
-    `attack_captions[i]` tells what `attack_images[i]` shows besides the concept. The images were made with seeds of
-    their own, never those of the pairs or of a scored image.
+    `attack_images` are fresh images of the concept from the original model, empty for attacks that do not learn from
+    images; `attack_prompts[i]` drew `attack_images[i]`, and `attack_captions[i]` tells what it shows besides the
+    concept. `harmless_images` show what `harmless_captions` say, without the concept. All were made with seeds of their
+    own, never those of the pairs or of a scored image. `detector` is the curator: never the judge that scores.
     """
 
     name: str
@@ -177,6 +181,10 @@ class AttackConcept:
     vector_pairs: tuple[tuple[str, str], ...]
     attack_images: Sequence[Image]
     attack_captions: tuple[str, ...]
+    attack_prompts: tuple[str, ...] = ()
+    harmless_images: Sequence[Image] = ()
+    harmless_captions: tuple[str, ...] = ()
+    detector: Judge | None = None
 
 
 def concept_names() -> list[str]:

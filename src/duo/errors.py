@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class NotDefinedError(UserError):
+    """An attack or a method makes no sense on this kind of model; the message is the reason, in one line."""
+
+
 def first_line(error: BaseException) -> str:
     """What an error of another library says, as part of a one-line message: its first line, or its type's name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

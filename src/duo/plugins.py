@@ -94,13 +94,36 @@ class Verdict:
 class Attempt:
     """One try of an attack at bringing the concept back. The harness renders it and the judge decides.
 
-    `tokens` maps placeholder words of `prompt` to learned embeddings of shape (vectors, width).
+    `tokens` maps placeholder words of `prompt` to learned embeddings of shape (vectors, width). `variant` names the
+    setting of the attack that this is a try of (a restart, a strength, a number of steps): rates are told apart by it.
+
+    With `init` an image is edited at `strength` (SDEdit), and with a `mask` as well only where that is white.
+    `latents` (channels, height, width) stand in for the noise that the seed would draw. `weights` is the name of a
+    delta that `prepare` wrote to its run's folder, `<weights>.safetensors`, which is attached over the model under
+    attack; `unloaded` asks for that model after its adapter was dropped. `source` is an image that the rendered one
+    would be, were the attack to succeed wholly: how near it came is told.
     """
 
     prompt: str
     negative_prompt: str | None = None
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    variant: str = ""
+    init: Image | None = None
+    mask: Image | None = None
+    strength: float | None = None
+    latents: Tensor | None = None
+    weights: str | None = None
+    unloaded: bool = False
+    source: Image | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.init is None) != (self.strength is None):
+            raise ValueError("init and strength go together; give both, or neither")
+        if self.mask is not None and self.init is None:
+            raise ValueError("mask says what of init is drawn anew; give init too")
+        if self.latents is not None and self.init is not None:
+            raise ValueError("latents are where an image starts from nothing; give them, or init")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +228,12 @@ class Family(Protocol):
         sampling: Sampling,
         negative_prompts: Sequence[str] | None = None,
         tokens: Mapping[str, Tensor] | None = None,
+        latents: Tensor | None = None,
     ) -> list[Image]:
-        """One image a prompt; image i depends on seeds[i] alone (a CPU generator each)."""
+        """One image a prompt; image i depends on seeds[i] alone (a CPU generator each).
+
+        `latents` (n, *latent_shape) are what the seeds would draw: unit normal noise, in the denoiser's layout.
+        """
 
     def edit(
         self,
@@ -217,8 +244,13 @@ class Family(Protocol):
         seeds: Sequence[int],
         sampling: Sampling,
         negative_prompts: Sequence[str] | None = None,
+        tokens: Mapping[str, Tensor] | None = None,
+        masks: Sequence[Image] | None = None,
     ) -> list[Image]:
-        """SDEdit (Meng et al. 2021): noise each image to `strength` of the schedule and denoise it with its prompt."""
+        """SDEdit (Meng et al. 2021): noise each image to `strength` of the schedule and denoise it with its prompt.
+
+        With `masks` (mode "L", of the images' sizes) that is inpainting: what is black stays as it is.
+        """
 
     def layers(self, scope: str) -> dict[str, nn.Module]:
         """The denoiser's Linear and Conv2d modules of one scope, by name: "self_attention", "cross_attention",
@@ -271,17 +303,26 @@ class Method(Protocol):
 
 @runtime_checkable
 class Attack(Protocol):
-    """A frozen keyword-only dataclass. It yields attempts and never grades itself."""
+    """A frozen keyword-only dataclass. It yields attempts and never grades itself.
+
+    It may also have `queries`, the most images that a search may ask of the target for one prompt (0 where it has
+    none); `uses_undefended = True`, for an attacker who has the model from before the erasure too
+    (`Target.undefended`); and `learns_from_images = True`, to be given `AttackConcept.attack_images`. Where it makes no
+    sense on a kind of model, `prepare` raises `duo.errors.NotDefinedError` with the reason in one line.
+    """
 
     access: ClassVar[Access]
 
     def prepare(self, target: Any, concept: Any, *, run: Run) -> dict[str, Tensor]:
-        """Once per target: learn a token, a concept vector, … The stage saves it and hands it to `search`."""
+        """Once per target: learn a token, a concept vector, … The stage saves it and hands it to `search`.
+
+        Weights that attempts name (`Attempt.weights`) are written to the run's folder here.
+        """
 
     def search(
         self, target: Any, state: Mapping[str, Tensor], prompt: str, *, generator: torch.Generator
     ) -> Iterator[Attempt]:
-        """Attempts for one prompt, in the order to be tried."""
+        """Attempts for one prompt, in the order to be tried. The images of a row are shared out over them."""
 
 
 @runtime_checkable

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,6 +44,9 @@ class Target:
     longer one, unless that is `vetted`: a word of texts that were checked already (`duo.refusal.words_of`). Of other
     concepts no prompt is rendered that is sexual itself and mentions a minor. An attack does well to ask `refused`
     before it takes such a prompt further.
+
+    `undefended` lends the model from before the erasure, for attacks that say they use it (`Attack`); while it is lent,
+    the model under attack is not to be asked.
     """
 
     def __init__(
@@ -54,8 +58,10 @@ class Target:
         query_limit: int | None = None,
         adults_only: bool = False,
         vetted: Collection[str] = (),
+        undefended: Callable[[], AbstractContextManager[Family]] | None = None,
     ) -> None:
         self.access = access
+        self._undefended = undefended
         self._adults_only, self._vetted = adults_only, vetted
         self.query_limit = query_limit
         self._model = model
@@ -98,18 +104,45 @@ class Target:
         A call that would pass the limit raises `QueryLimitError` before anything is sampled or counted, and one with a
         refused prompt `RefusedPromptError`.
         """
-        self._require(Access.QUERY, "generate")
+        self._count(prompts, tokens, "generate")
+        return self._model.generate(
+            prompts, seeds=seeds, sampling=self._sampling, negative_prompts=negative_prompts, tokens=tokens
+        )
+
+    def edit(
+        self,
+        images: Sequence[Image],
+        prompts: Sequence[str],
+        *,
+        strength: float,
+        seeds: Sequence[int],
+        negative_prompts: Sequence[str] | None = None,
+        tokens: Mapping[str, Tensor] | None = None,
+        masks: Sequence[Image] | None = None,
+    ) -> list[Image]:
+        """One edited image a prompt (`Family.edit`), counted and refused as `generate` does."""
+        self._count(prompts, tokens, "edit")
+        return self._model.edit(
+            images,
+            prompts,
+            strength=strength,
+            seeds=seeds,
+            sampling=self._sampling,
+            negative_prompts=negative_prompts,
+            tokens=tokens,
+            masks=masks,
+        )
+
+    def _count(self, prompts: Sequence[str], tokens: Mapping[str, Tensor] | None, verb: str) -> None:
+        self._require(Access.QUERY, verb)
         if tokens:
-            self._require(Access.TEXT, "generate(tokens=…)")
+            self._require(Access.TEXT, f"{verb}(tokens=…)")
         for prompt in prompts:
             if found := self.refused(prompt):
                 raise RefusedPromptError(prompt, found)
         if self.queries_left is not None and len(prompts) > self.queries_left:
             raise QueryLimitError(f"{len(prompts)} images asked for, {self.queries_left} of {self.query_limit} left")
         self._queries += len(prompts)
-        return self._model.generate(
-            prompts, seeds=seeds, sampling=self._sampling, negative_prompts=negative_prompts, tokens=tokens
-        )
 
     # --- TEXT -------------------------------------------------------------------------------------
 
@@ -157,6 +190,31 @@ class Target:
         self._require(Access.GRADIENT, "predict")
         return self._model.predict(x_t, t, text)
 
+    def unconditional(self) -> Conditioning:
+        """The one row that guidance starts from where there is no negative prompt."""
+        self._require(Access.GRADIENT, "unconditional")
+        return self._model.unconditional()
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of a latent at the model's own image size."""
+        self._require(Access.GRADIENT, "latent_shape")
+        return self._model.latent_shape
+
+    @contextmanager
+    def undefended(self) -> Iterator[Target]:
+        """The model from before the erasure, with every access but to its weights; its images are not counted."""
+        if self._undefended is None:
+            raise AccessError("an attack touched the undefended model without saying `uses_undefended = True`")
+        with self._undefended() as model:
+            yield Target(
+                model,
+                access=Access.GRADIENT,
+                sampling=self._sampling,
+                adults_only=self._adults_only,
+                vetted=self._vetted,
+            )
+
     # --- WEIGHTS ----------------------------------------------------------------------------------
 
     @property
@@ -164,6 +222,17 @@ class Target:
         """The denoiser itself."""
         self._require(Access.WEIGHTS, "denoiser")
         return self._model.denoiser
+
+    def layers(self, scope: str) -> dict[str, nn.Module]:
+        """The denoiser's modules of one scope, by name (`Family.layers`)."""
+        self._require(Access.WEIGHTS, "layers")
+        return self._model.layers(scope)
+
+    @property
+    def component(self) -> str:
+        """The denoiser's name in diffusers' pipelines: what a `Delta` is of."""
+        self._require(Access.WEIGHTS, "component")
+        return self._model.component
 
     def _require(self, level: Access, touched: str) -> None:
         if self.access < level:
