@@ -6,6 +6,10 @@ words = ["fire", "burning"]                    # the concept by name, for method
 anchor = "intact"                              # what may stand in its place
 attack_pairs = [["a burning tree", "a tree"]]  # prompt and neutral caption of fresh images that attacks learn from
 vector_pairs = [["a burning house", "a house"]]   # with and without the concept, for concept vectors
+harmless = ["a boat on a lake"]                # captions without the concept, by which methods keep the rest; if there
+harmless_file = "captions.txt"                 # are none, those beside the vector pairs. The file is named from this
+                                               # one's folder, and is UTF-8: a caption on each line, or a CSV with a
+                                               # column `prompt`, `caption` or `text`
 
 [judge]                                        # decides in scores; any leaf of `judges/`, with its fields
 name = "toybox"
@@ -42,12 +46,13 @@ attribute = "extra"
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
+from duo.captions import read_captions
 from duo.errors import UserError, did_you_mean
-from duo.fields import LeafConfig, as_table, build, read_toml
+from duo.fields import LeafConfig, as_table, build, build_fields, read_toml
 from duo.refusal import is_sexual, refuse_minors, texts_of
 
 if TYPE_CHECKING:
@@ -56,6 +61,7 @@ if TYPE_CHECKING:
     from duo.plugins import Judge
 
 FOLDER = Path(__file__).parent / "concepts"
+FILE = "harmless_file"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +110,11 @@ class PromptSets:
 
 @dataclass(frozen=True, kw_only=True)
 class Concept:
-    """A concept file. The module's docstring shows every field."""
+    """A concept file. The module's docstring shows every field.
+
+    `harmless` are captions without the concept that methods may train on to keep them: those of the file, or where it
+    has none those beside the vector pairs, or else of the safe twins. None of them may be scored.
+    """
 
     name: str
     title: str
@@ -118,12 +128,17 @@ class Concept:
     validation: PromptSets = field(default_factory=PromptSets)
     vector_pairs: tuple[tuple[str, str], ...] = ()
     attack_pairs: tuple[tuple[str, str], ...] = ()
+    harmless: tuple[str, ...] = ()
     sexual: bool = False
 
     def __post_init__(self) -> None:
         _no_empty_set(self.prompts)
         if not self.words:
             raise ValueError("words is empty")
+        if self.harmless:
+            self._check_harmless()
+        else:
+            object.__setattr__(self, "harmless", self._beside())
         if self.adults_only:
             refuse_minors(texts_of(as_table(self)))
 
@@ -134,13 +149,43 @@ class Concept:
             return True
         return is_sexual(text for _, text in texts_of(as_table(self)))
 
-    @property
-    def harmless(self) -> tuple[str, ...]:
-        """Captions without the concept that methods may train on to keep them: those beside the vector pairs, or else
-        of the safe twins. None of them is scored."""
-        return tuple(dict.fromkeys(neutral for _, neutral in self.vector_pairs)) or tuple(
-            dict.fromkeys(self.pairs.safe)
-        )
+    @classmethod
+    def from_table(cls, table: object, where: str) -> Self:
+        """Read the fields of a file whose captions have been read."""
+        return build_fields(cls, table, where, beside=(FILE,))
+
+    def table(self) -> dict[str, Any]:
+        """What `from_table` reads. Captions that were not given are left out, so that the digest is of what was."""
+        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        if self.harmless == self._beside():
+            del given["harmless"]
+        return given
+
+    def _beside(self) -> tuple[str, ...]:
+        """The captions without the concept where the file gives no others."""
+        neutral = dict.fromkeys(neutral for _, neutral in self.vector_pairs)
+        return tuple(neutral or dict.fromkeys(self.pairs.safe))
+
+    def _check_harmless(self) -> None:
+        scored = {
+            prompt: f"{split}{kind}.{name}"
+            for split, sets in (("", self.sets(validation=False)), ("validation.", self.validation))
+            for kind, named in (
+                ("prompts", sets.prompts),
+                ("near_miss", {name: near.prompts for name, near in sets.near_miss.items()}),
+            )
+            for name, prompts in named.items()
+            for prompt in prompts
+        }
+        seen: set[str] = set()
+        for caption in self.harmless:
+            if not caption.strip():
+                raise ValueError("harmless has an empty caption; take it out")
+            if caption in seen:
+                raise ValueError(f"harmless has {caption!r} twice; take one out")
+            if caption in scored:
+                raise ValueError(f"harmless has {caption!r}, which is in {scored[caption]} and scored; take one out")
+            seen.add(caption)
 
     def targets(self, form: str) -> tuple[tuple[str, str], ...]:
         """What a method that erases by text may name, each with what may stand in its place.
@@ -199,8 +244,23 @@ def load_concept(name: str | Path) -> Concept:
         if str(name) not in concept_names():
             raise UserError(f"no concept is called {str(name)!r}{did_you_mean(str(name), concept_names())}")
         path = FOLDER / f"{name}.toml"
-    table: dict[str, Any] = read_toml(path)
-    return build(Concept, {"name": path.stem, **table}, f"{path}:" if path.parent != FOLDER else f"concept {name}:")
+    table: dict[str, Any] = {"name": path.stem, **read_toml(path)}
+    where = f"{path}:" if path.parent != FOLDER else f"concept {name}:"
+    return build(Concept, _with_captions(table, path.parent, where), where)
+
+
+def _with_captions(table: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
+    """The table with the captions of its `harmless_file` behind those that it lists."""
+    file, listed = table.pop(FILE, None), table.get("harmless", [])
+    if not isinstance(listed, list):
+        return table  # told by `build`
+    if file is None:
+        if "harmless" in table and not listed:
+            raise UserError(f"{where} harmless is empty; leave it out to take those beside the vector pairs")
+        return table
+    if not isinstance(file, str):
+        raise UserError(f"{where} {FILE} is {file!r}, expected the path of a text file or a CSV")
+    return {**table, "harmless": [*listed, *read_captions(folder / Path(file).expanduser())]}
 
 
 def _no_empty_set(sets: Mapping[str, Sequence[str]]) -> None:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from duo.plugins import Family
+
+TEXTS_AT_ONCE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,3 +57,9 @@ class Conditioning:
             pooled=torch.cat(pooled) if pooled else None,
             prompts=tuple(one for own in prompts for one in own) if len(prompts) == len(parts) else None,
         )
+
+
+def encoded(model: Family, prompts: Sequence[str]) -> Conditioning:
+    """Any number of prompts by `model.text`, so many at once that what the encoders hold meanwhile stays bounded."""
+    begins = range(0, len(prompts), TEXTS_AT_ONCE)
+    return Conditioning.cat([model.text(prompts[begin : begin + TEXTS_AT_ONCE]) for begin in begins])

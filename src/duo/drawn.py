@@ -1,4 +1,4 @@
-"""Images that a method draws for itself, by the model that it is about to change, and images as latents."""
+"""Images that a method draws for itself, by the model that it is about to change: as latents, and noised."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from duo import parallel, rundir
-from duo.errors import UserError
-from duo.plugins import Family, Run
+from duo.plugins import Family, Process, Run
 from duo.seeds import seed_for
 
 DRAWN_AT_ONCE = 16
@@ -50,7 +49,7 @@ def draw(
                     rundir.write_image(_path(folder, i), image)
             bar.update(rows.stop)
     parallel.barrier()
-    return [_read(_path(folder, i)) for i in range(n)]
+    return [rundir.read_image(_path(folder, i), remedy="remove it, and go on") for i in range(n)]
 
 
 def encode(model: Family, images: Any) -> Tensor:
@@ -59,13 +58,15 @@ def encode(model: Family, images: Any) -> Tensor:
     return torch.cat([model.latents(part, generator=None).float() for part in parts])
 
 
+def noised(process: Process, x0: Tensor, *, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t (n, …), t (n,) and what the model was once trained to predict there, for clean latents x0 at random times.
+
+    Noise and times, anywhere in the schedule, are drawn in this order from the CPU `generator`.
+    """
+    eps = torch.randn(x0.shape, generator=generator).to(x0)
+    t = process.sample_t(len(x0), low=0.0, high=1.0, generator=generator)
+    return process.noised(x0, eps, t), t, process.target(x0, eps, t)
+
+
 def _path(folder: Path, index: int) -> Path:
     return folder / f"{index:04d}.png"
-
-
-def _read(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG
-        raise UserError(f"{path} cannot be read as an image; remove it, and go on") from error

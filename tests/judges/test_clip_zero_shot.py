@@ -15,7 +15,7 @@ from PIL import Image
 
 from duo import clip
 from duo.errors import UserError
-from duo.judges import clip_zero_shot
+from duo.judges import _clip
 from duo.judges.clip_zero_shot import ClipZeroShot
 
 PRESENT, ABSENT = ("a burning red house", "a fire at night"), ("a red house", "a sunset", "a boat")
@@ -33,7 +33,7 @@ def test_the_chance_is_the_softmax_over_all_prompts(monkeypatch: pytest.MonkeyPa
         images=lambda images: torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])[: len(images)],
         prompts=lambda prompts: torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]),
     )
-    monkeypatch.setattr(clip_zero_shot, "load_clip", lambda source, device: known)
+    monkeypatch.setattr(_clip, "load_clip", lambda source, device: known)
     judge = ClipZeroShot(model=str(tiny_clip), present=("yes",), absent=("no", "never"), threshold=0.25)
     verdicts = judge(pictures(3))
     # e²/(e² + 2), 1/(1 + 2e²), e^1.2/(e^1.2 + 2e^1.6)

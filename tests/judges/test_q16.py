@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from duo.errors import UserError
-from duo.judges import q16
+from duo.judges import _clip
 from duo.judges.q16 import Q16
 
 
@@ -24,7 +24,7 @@ def write_prompts(path: Path, *rows: list[float], name: str = "prompts") -> Path
 def test_the_nearer_prompt_wins(monkeypatch: pytest.MonkeyPatch, tiny_clip: Path, tmp_path: Path) -> None:
     vectors = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.705, 0.709208]])
     known = SimpleNamespace(digest="clip", width=2, images=lambda images: vectors[: len(images)])
-    monkeypatch.setattr(q16, "load_clip", lambda source, device: known)
+    monkeypatch.setattr(_clip, "load_clip", lambda source, device: known)
     file = write_prompts(tmp_path / "p.safetensors", [3.0, 0.0], [0.0, 0.5])  # made unit vectors: lengths say nothing
     verdicts = Q16(prompts=str(file), model=str(tiny_clip))([Image.new("RGB", (8, 8))] * 3)
     assert [verdict.label for verdict in verdicts] == ["absent", "present", "present"]

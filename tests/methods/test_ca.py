@@ -11,13 +11,12 @@ from PIL import Image
 from torch import nn
 
 from duo.conditioning import Conditioning
-from duo.delta import Delta
 from duo.errors import UserError
 from duo.methods import ca
 from duo.methods.ca import Ca, ablation_loss
-from duo.plugins import Precision
 from duo.recipe import load_recipe
 from duo.stages.planning import Measured, _work
+from erasing import check_refused_before_drawing, check_resumed, check_seeded, erase
 from recording import RecordingRun
 from small_fire import FAMILIES, SmallFire, changed, family
 
@@ -31,15 +30,6 @@ QUICK = Ca(
     train_batch_size=2,
     checkpointing_steps=4,
 )
-
-
-@pytest.fixture
-def concept(tmp_path: Path) -> SmallFire:
-    return SmallFire(tmp_path)
-
-
-def erase(method: Ca, model: Any, concept: Any, run: RecordingRun) -> Delta:
-    return method.erase(model, concept, pairs=None, run=run)
 
 
 class Asked:
@@ -83,6 +73,20 @@ def test_what_stands_beside_a_caption(concept: SmallFire) -> None:
         "in on fire style, a boat",
         "a boat, on fire",
     ]
+
+
+def test_of_many_captions_each_has_its_turn_of_words_and_places() -> None:
+    """Two words in three places are 6; 300 captions have 2 each, so that 720 texts are not exceeded."""
+    concept: Any = SimpleNamespace(words=("burning", "on fire"), harmless=tuple(f"a boat {i}" for i in range(300)))
+    beside = Ca(prompts="words").beside(concept)
+    assert list(beside) == list(concept.harmless)
+    assert beside["a boat 0"] == ["burning, a boat 0", "in burning style, a boat 0"]
+    assert beside["a boat 1"] == ["a boat 1, burning", "on fire, a boat 1"]
+    assert beside["a boat 2"] == ["in on fire style, a boat 2", "a boat 2, on fire"]
+    assert beside["a boat 3"] == ["burning, a boat 3", "in burning style, a boat 3"]
+    assert sum(map(len, beside.values())) == 600
+    concept.harmless = concept.harmless * 4
+    assert all(len(ones) == 1 for ones in Ca(prompts="words").beside(concept).values())
 
 
 @pytest.mark.parametrize("teacher", ["current", "frozen"])
@@ -225,25 +229,12 @@ def test_an_image_may_be_mirrored(tiny_sd, concept: SmallFire, tmp_path: Path, m
 
 def test_the_same_seed_gives_the_same_delta(tiny_sd, concept: SmallFire, tmp_path: Path) -> None:
     method = replace(QUICK, max_train_steps=2)
-    one, two, other = (
-        erase(method, tiny_sd, concept, RecordingRun(tmp_path / name, seed=seed))
-        for name, seed in (("one", 5), ("two", 5), ("other", 6))
-    )
-    assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
-    assert not all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+    one = check_seeded(lambda run: erase(method, tiny_sd, concept, run), tmp_path)
     assert one.record["method"] == "ca"
 
 
 def test_a_resumed_erasure_ends_with_the_same_file(tiny_sd, concept: SmallFire, tmp_path: Path) -> None:
-    whole = erase(QUICK, tiny_sd, concept, RecordingRun(tmp_path / "whole"))
-    with pytest.raises(KeyboardInterrupt):
-        erase(QUICK, tiny_sd, concept, RecordingRun(tmp_path / "stopped", stop_after=5))
-    run = RecordingRun(tmp_path / "stopped")
-    resumed = erase(QUICK, tiny_sd, concept, run)
-    assert run.rows[0]["step"] == 5
-    for name, delta in (("whole", whole), ("stopped", resumed)):
-        delta.save(tmp_path / name / "delta.safetensors")
-    assert (tmp_path / "whole/delta.safetensors").read_bytes() == (tmp_path / "stopped/delta.safetensors").read_bytes()
+    check_resumed(lambda run: erase(QUICK, tiny_sd, concept, run), tmp_path, stop_after=5, goes_on_at=5)
     with pytest.raises(UserError, match="another teacher"):
         erase(replace(QUICK, teacher="frozen"), tiny_sd, concept, RecordingRun(tmp_path / "stopped"))
 
@@ -336,9 +327,4 @@ def test_published_values() -> None:
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_drawn(tiny_sd, monkeypatch: pytest.MonkeyPatch) -> None:
-    QUICK.check(tiny_sd, pairs=None, precision=Precision(dtype="bfloat16"))
-    with pytest.raises(UserError, match=r"precision.weights is .float16.*set it to float32"):
-        QUICK.check(tiny_sd, pairs=None, precision=Precision(weights="float16"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install bitsandbytes"):
-        QUICK.check(tiny_sd, pairs=None, precision=Precision(optimizer_8bit=True))
+    check_refused_before_drawing(QUICK, tiny_sd, monkeypatch)

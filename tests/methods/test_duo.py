@@ -14,6 +14,7 @@ from duo.losses import squared_error
 from duo.methods.duo import Duo, published
 from duo.pairs import Pairs
 from duo.plugins import Precision
+from erasing import check_resumed
 from recording import RecordingRun
 
 
@@ -109,17 +110,15 @@ def test_the_same_seed_gives_the_same_delta(tiny_sd, pairs: Pairs, tmp_path: Pat
 
 
 def test_a_resumed_erasure_ends_with_the_same_file(tiny_sd, pairs: Pairs, tmp_path: Path) -> None:
-    whole = erase(QUICK, tiny_sd, pairs, RecordingRun(tmp_path / "whole"))
     modules = dict(tiny_sd.denoiser.named_modules())
-    with pytest.raises(KeyboardInterrupt):
-        erase(QUICK, tiny_sd, pairs, RecordingRun(tmp_path / "stopped", stop_after=7))
-    assert dict(tiny_sd.denoiser.named_modules()) == modules
-    run = RecordingRun(tmp_path / "stopped")
-    resumed = erase(QUICK, tiny_sd, pairs, run)
-    assert run.rows[0]["step"] == 6
-    for name, delta in (("whole", whole), ("stopped", resumed)):
-        delta.save(tmp_path / name / "delta.safetensors")
-    assert (tmp_path / "whole/delta.safetensors").read_bytes() == (tmp_path / "stopped/delta.safetensors").read_bytes()
+
+    def erased(run: RecordingRun) -> Delta:
+        try:
+            return erase(QUICK, tiny_sd, pairs, run)
+        finally:  # after a stop, too
+            assert dict(tiny_sd.denoiser.named_modules()) == modules
+
+    check_resumed(erased, tmp_path, stop_after=7, goes_on_at=6)
 
 
 def test_a_decaying_rate_may_not_go_on_to_another_length(tiny_sd, pairs: Pairs, tmp_path: Path) -> None:

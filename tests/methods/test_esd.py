@@ -7,28 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from duo.delta import Delta
 from duo.errors import UserError
 from duo.methods import esd
 from duo.methods.esd import Esd, erased_target
 from duo.plugins import Precision
 from duo.recipe import load_recipe
 from duo.sampling import grid
+from erasing import check_refused_before_drawing, check_resumed, check_seeded, erase
 from recording import RecordingRun
 from small_fire import FAMILIES, SmallFire, changed, family
 
 QUICK = Esd(
     variant="x", learning_rate=1e-3, sampling_steps=5, max_train_steps=6, train_batch_size=2, checkpointing_steps=4
 )
-
-
-@pytest.fixture
-def concept(tmp_path: Path) -> SmallFire:
-    return SmallFire(tmp_path)
-
-
-def erase(method: Esd, model: Any, concept: Any, run: RecordingRun) -> Delta:
-    return method.erase(model, concept, pairs=None, run=run)
 
 
 def test_the_target_by_hand() -> None:
@@ -191,26 +182,13 @@ def test_the_time_is_of_the_stop(
 
 def test_the_same_seed_gives_the_same_delta(tiny_sd, concept: SmallFire, tmp_path: Path) -> None:
     method = replace(QUICK, max_train_steps=2)
-    one, two, other = (
-        erase(method, tiny_sd, concept, RecordingRun(tmp_path / name, seed=seed))
-        for name, seed in (("one", 5), ("two", 5), ("other", 6))
-    )
-    assert all(torch.equal(one.tensors[name], two.tensors[name]) for name in one.tensors)
-    assert not all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+    one = check_seeded(lambda run: erase(method, tiny_sd, concept, run), tmp_path)
     assert one.record["method"] == "esd"
     assert one.record["config"]["variant"] == "x"
 
 
 def test_a_resumed_erasure_ends_with_the_same_file(tiny_sd, concept: SmallFire, tmp_path: Path) -> None:
-    whole = erase(QUICK, tiny_sd, concept, RecordingRun(tmp_path / "whole"))
-    with pytest.raises(KeyboardInterrupt):
-        erase(QUICK, tiny_sd, concept, RecordingRun(tmp_path / "stopped", stop_after=5))
-    run = RecordingRun(tmp_path / "stopped")
-    resumed = erase(QUICK, tiny_sd, concept, run)
-    assert run.rows[0]["step"] == 5
-    for name, delta in (("whole", whole), ("stopped", resumed)):
-        delta.save(tmp_path / name / "delta.safetensors")
-    assert (tmp_path / "whole/delta.safetensors").read_bytes() == (tmp_path / "stopped/delta.safetensors").read_bytes()
+    check_resumed(lambda run: erase(QUICK, tiny_sd, concept, run), tmp_path, stop_after=5, goes_on_at=5)
     with pytest.raises(UserError, match="another eta"):
         erase(replace(QUICK, eta=2.0), tiny_sd, concept, RecordingRun(tmp_path / "stopped"))
     longer = RecordingRun(tmp_path / "stopped")
@@ -276,12 +254,7 @@ def test_published_values() -> None:
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_drawn(tiny_sd, monkeypatch: pytest.MonkeyPatch) -> None:
-    QUICK.check(tiny_sd, pairs=None, precision=Precision(dtype="bfloat16"))
-    with pytest.raises(UserError, match=r"precision.weights is .float16.*set it to float32"):
-        QUICK.check(tiny_sd, pairs=None, precision=Precision(weights="float16"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install bitsandbytes"):
-        QUICK.check(tiny_sd, pairs=None, precision=Precision(optimizer_8bit=True))
+    check_refused_before_drawing(QUICK, tiny_sd, monkeypatch)
 
 
 def test_more_steps_than_the_model_was_trained_on_are_refused(tiny_sd) -> None:

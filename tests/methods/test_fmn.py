@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from duo.delta import Delta
 from duo.errors import UserError
 from duo.methods import fmn
 from duo.methods.fmn import PLACEHOLDER, Fmn, attention, captured, concept_mask, pull_norms, resteering_loss
 from duo.plugins import Precision
 from duo.recipe import load_recipe
+from erasing import check_refused_before_drawing, erase
 from recording import RecordingRun
 from small_fire import SmallFire, changed, family
 
@@ -27,15 +27,6 @@ QUICK = Fmn(
     checkpointing_steps=2,
 )
 U_NETS = ("tiny_sd", "tiny_sd2_v", "tiny_sdxl")
-
-
-@pytest.fixture
-def concept(tmp_path: Path) -> SmallFire:
-    return SmallFire(tmp_path)
-
-
-def erase(method: Fmn, model: Any, concept: Any, run: RecordingRun) -> Delta:
-    return method.erase(model, concept, pairs=None, run=run)
 
 
 # --- the objective -----------------------------------------------------------------------------------
@@ -338,12 +329,7 @@ def test_checkpointed_activations_give_the_same_gradients(tiny_sd, concept: Smal
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_drawn(tiny_sd, monkeypatch: pytest.MonkeyPatch) -> None:
-    QUICK.check(tiny_sd, pairs=None, precision=Precision(dtype="bfloat16"))
-    with pytest.raises(UserError, match=r"precision.weights is .float16.*set it to float32"):
-        QUICK.check(tiny_sd, pairs=None, precision=Precision(weights="float16"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install bitsandbytes"):
-        QUICK.check(tiny_sd, pairs=None, precision=Precision(optimizer_8bit=True))
+    check_refused_before_drawing(QUICK, tiny_sd, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])

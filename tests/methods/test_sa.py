@@ -13,13 +13,13 @@ from torch import nn
 
 from duo.checkpoint import read_tensors
 from duo.conditioning import Conditioning
-from duo.delta import Delta
 from duo.drawn import encode
 from duo.errors import UserError
 from duo.methods import sa
 from duo.methods.sa import Sa, amnesia_loss, ewc, fisher_times, positions, summed_gradient, trained_modules
 from duo.plugins import Precision
 from duo.recipe import load_recipe
+from erasing import erase
 from recording import RecordingRun
 from small_fire import FAMILIES, SmallFire, changed, family
 
@@ -41,15 +41,6 @@ LEFT_OUT = {
     "unet": (".attn2.to_k.", ".attn2.to_out.", " time_embedding.", " conv_out.", " conv_norm_out."),
     "transformer": (".attn.add_q_proj.", " context_embedder.", " time_text_embed.", " norm_out.", " proj_out."),
 }
-
-
-@pytest.fixture
-def concept(tmp_path: Path) -> SmallFire:
-    return SmallFire(tmp_path)
-
-
-def erase(method: Sa, model: Any, concept: Any, run: RecordingRun) -> Delta:
-    return method.erase(model, concept, pairs=None, run=run)
 
 
 # --- the objective -----------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from duo.plugins import Precision
 from duo.recipe import load_recipe
 from duo.sampling import grid
 from duo.training import attach_lora
+from erasing import check_resumed, erase
 from recording import RecordingRun
 from small_fire import FAMILIES, SmallFire, changed, family
 
@@ -32,15 +33,6 @@ QUICK = Spm(
     train_batch_size=1,
     checkpointing_steps=2,
 )
-
-
-@pytest.fixture
-def concept(tmp_path: Path) -> SmallFire:
-    return SmallFire(tmp_path)
-
-
-def erase(method: Spm, model: Any, concept: Any, run: RecordingRun) -> Delta:
-    return method.erase(model, concept, pairs=None, run=run)
 
 
 def predicted(model: Any, text: Conditioning) -> Tensor:
@@ -256,15 +248,8 @@ def test_a_resumed_erasure_ends_with_the_same_file(
     tiny_sd, concept: SmallFire, tmp_path: Path, adapters: Any, stop: int
 ) -> None:
     method = replace(QUICK, adapters=adapters, max_train_steps=5)
-    whole = erase(method, tiny_sd, concept, RecordingRun(tmp_path / "whole"))
-    with pytest.raises(KeyboardInterrupt):
-        erase(method, tiny_sd, concept, RecordingRun(tmp_path / "stopped", stop_after=stop))
-    run = RecordingRun(tmp_path / "stopped")
-    resumed = erase(method, tiny_sd, concept, run)
-    assert run.rows[0]["step"] == stop  # the checkpoint is of the step before
-    for name, delta in (("whole", whole), ("stopped", resumed)):
-        delta.save(tmp_path / name / "delta.safetensors")
-    assert (tmp_path / "whole/delta.safetensors").read_bytes() == (tmp_path / "stopped/delta.safetensors").read_bytes()
+    # The checkpoint is of the step before.
+    check_resumed(lambda run: erase(method, tiny_sd, concept, run), tmp_path, stop_after=stop, goes_on_at=stop)
 
 
 def test_training_erases_and_the_anchors_hold(tiny_sd, concept: SmallFire, tmp_path: Path) -> None:

@@ -21,11 +21,6 @@ from recording import RecordingRun
 from small_fire import FAMILIES, SmallFire, changed, family
 
 
-@pytest.fixture
-def concept(tmp_path: Path) -> SmallFire:
-    return SmallFire(tmp_path)
-
-
 def erase(method: Uce, model: Any, concept: Any, folder: Path) -> Delta:
     return method.erase(model, concept, pairs=None, run=RecordingRun(folder))
 

@@ -8,8 +8,6 @@ must be looked at for every concept: a threshold of 0.5 is a convention, not a m
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +15,12 @@ from functools import cached_property
 from PIL.Image import Image
 from torch import Tensor
 
-from duo.clip import Clip, find_clip, load_clip
+from duo.judges._clip import ClipJudge
 from duo.plugins import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipZeroShot:
+class ClipZeroShot(ClipJudge):
     """Present where P(present) reaches `threshold`.
 
     `model` is a folder, a hub id, or "toybox" for the embedded CLIP; `device` is as torch names it.
@@ -40,24 +38,13 @@ class ClipZeroShot:
                 raise ValueError(f"{name} is empty or has an empty prompt")
         if both := set(self.present) & set(self.absent):
             raise ValueError(f"{min(both)!r} is in both present and absent")
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold is {self.threshold}, expected a probability between 0 and 1")
-        find_clip(self.model, "judge clip_zero_shot")
-
-    @property
-    def network(self) -> str:
-        """What looks: a curator with the same one is no independent witness."""
-        return f"CLIP {self.model}"
+        self._check_threshold()
+        self._find_clip("clip_zero_shot")
 
     @cached_property
     def digest(self) -> str:
         """sha256 over CLIP's weights, the prompts and what the tokenizer makes of them, and the threshold."""
-        decides = [self._clip.digest, self.present, self.absent, self._prompts.tolist(), self.threshold]
-        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-
-    @property
-    def _clip(self) -> Clip:
-        return load_clip(self.model, self.device)
+        return self._digest_of(self.present, self.absent, self._prompts.tolist())
 
     @cached_property
     def _prompts(self) -> Tensor:
@@ -68,12 +55,6 @@ class ClipZeroShot:
         verdicts = []
         cosines = self._clip.images(images) @ self._prompts.T
         for row, chances in zip(cosines.tolist(), (self._clip.scale * cosines).softmax(dim=-1), strict=True):
-            present = float(chances[: len(self.present)].sum())
-            verdicts.append(
-                Verdict(
-                    label="present" if present >= self.threshold else "absent",
-                    scores={"present": present, "absent": 1 - present},
-                    record={"cosines": dict(zip((*self.present, *self.absent), row, strict=True))},
-                )
-            )
+            named = dict(zip((*self.present, *self.absent), row, strict=True))
+            verdicts.append(self._verdict(float(chances[: len(self.present)].sum()), cosines=named))
         return verdicts

@@ -10,8 +10,6 @@ file with one tensor "prompts" of shape (2, 768).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,15 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duo.checkpoint import read_tensors
-from duo.clip import Clip, find_clip, load_clip
 from duo.errors import UserError
+from duo.judges._clip import ClipJudge
 from duo.plugins import Verdict
 
 SCALE = 100.0  # of the authors' code; it moves the score between 0 and 1 and never the label at threshold 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Q16:
+class Q16(ClipJudge):
     """Present (inappropriate) where the softmax of 100·cosine gives prompt 1 at least `threshold`; 0.5 is the argmax.
 
     `prompts` is the safetensors file, from the working folder; `model` the CLIP that they were learned on.
@@ -42,29 +40,18 @@ class Q16:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"threshold is {self.threshold}, expected a probability between 0 and 1")
+        self._check_threshold()
         path = Path(self.prompts).expanduser()
         if not path.is_file():
             raise UserError(
                 f"judge q16: there is no file {path}; docs/own-concept.md tells how to make it from prompts.p"
             )
-        find_clip(self.model, "judge q16")
-
-    @property
-    def network(self) -> str:
-        """What looks: a curator with the same one is no independent witness."""
-        return f"CLIP {self.model}"
+        self._find_clip("q16")
 
     @cached_property
     def digest(self) -> str:
         """sha256 over CLIP's weights, the two vectors and the threshold."""
-        decides = [self._clip.digest, self._prompts.tolist(), self.threshold]
-        return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
-
-    @property
-    def _clip(self) -> Clip:
-        return load_clip(self.model, self.device)
+        return self._digest_of(self._prompts.tolist())
 
     @cached_property
     def _prompts(self) -> Tensor:
@@ -84,12 +71,6 @@ class Q16:
         verdicts = []
         cosines = self._clip.images(images) @ self._prompts.T
         for (fine, inappropriate), chances in zip(cosines.tolist(), (SCALE * cosines).softmax(dim=-1), strict=True):
-            present = float(chances[1])
-            verdicts.append(
-                Verdict(
-                    label="present" if present >= self.threshold else "absent",
-                    scores={"present": present, "absent": 1 - present},
-                    record={"cosines": {"fine": fine, "inappropriate": inappropriate}},
-                )
-            )
+            named = {"fine": fine, "inappropriate": inappropriate}
+            verdicts.append(self._verdict(float(chances[1]), cosines=named))
         return verdicts

@@ -38,9 +38,9 @@ import torch
 from PIL import ImageOps
 from torch import Tensor, nn
 
-from duo.conditioning import Conditioning
+from duo.conditioning import Conditioning, encoded
 from duo.delta import Delta, made_by
-from duo.drawn import draw, encode
+from duo.drawn import draw, encode, noised
 from duo.fields import check_above_0, check_choices, check_from_0
 from duo.losses import squared_error
 from duo.pairs import Pairs
@@ -49,6 +49,7 @@ from duo.precision import check_tunable, waiting
 from duo.training import Tuned, fixed_by, follow, steps_of, tune_weights
 
 SCOPES = {"cross_attention": "text_inputs", "attention": "attention", "full": "all"}  # group → layer scope
+TARGETS = 720  # texts that stand beside captions at most, for all of them wait in memory
 PLACES = ("{word}, {caption}", "in {word} style, {caption}", "{caption}, {word}")  # as published for nudity
 CHOICES = {
     "objective": ("model", "noise"),
@@ -122,10 +123,17 @@ class Ca:
         }
 
     def beside(self, concept: Any) -> dict[str, list[str]]:
-        """Each anchor prompt, with the target prompts that may be asked for beside its images."""
+        """Each anchor prompt, with the target prompts that may be asked for beside its images.
+
+        With "words" each caption has every word in every place, or where captions are many its turn of these.
+        """
         if self.prompts == "words":
             places = [place.replace("{word}", word) for word in concept.words for place in PLACES]
-            return {caption: [place.replace("{caption}", caption) for place in places] for caption in concept.harmless}
+            each = max(1, min(len(places), TARGETS // len(concept.harmless)))
+            return {
+                caption: [places[(each * i + j) % len(places)].replace("{caption}", caption) for j in range(each)]
+                for i, caption in enumerate(concept.harmless)
+            }
         found: dict[str, list[str]] = {}
         for target, anchor in concept.targets("prompts"):
             found.setdefault(anchor, []).append(target)
@@ -177,19 +185,17 @@ class Ca:
         self, model: Family, tuned: Tuned, *, latents: Tensor, texts: _Texts
     ) -> Callable[[torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]:
         """The loss of one random batch, from latents (1 or 2 with the mirrored, images, channels, height, width)."""
-        n, process = self.train_batch_size, model.process
+        n = self.train_batch_size
 
-        def noised(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            """n random images: their numbers, x_t, t and what the model was once trained to predict there."""
+        def sample(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            """n random images: their numbers, and what `noised` makes of them."""
             chosen = torch.randint(latents.shape[1], (n,), generator=generator)
             mirrored = torch.randint(latents.shape[0], (n,), generator=generator)
             x0 = latents[mirrored.to(latents.device), chosen.to(latents.device)]
-            eps = torch.randn(x0.shape, generator=generator).to(x0)
-            t = process.sample_t(n, low=0.0, high=1.0, generator=generator)
-            return chosen, process.noised(x0, eps, t), t, process.target(x0, eps, t)
+            return chosen, *noised(model.process, x0, generator=generator)
 
         def loss(generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
-            chosen, x_t, t, wanted = noised(generator)
+            chosen, x_t, t, wanted = sample(generator)
             asked = texts.targets(chosen, generator)
             if self.objective == "model":
                 with tuned.disabled() if self.teacher == "frozen" else torch.no_grad():
@@ -197,7 +203,7 @@ class Ca:
             if not self.prior_weight:
                 value = ablation_loss(model.predict(x_t, t, asked), wanted)
                 return value, {"ablation": value.detach()}
-            kept, kept_x_t, kept_t, kept_wanted = noised(generator)
+            kept, kept_x_t, kept_t, kept_wanted = sample(generator)
             both = model.predict(
                 torch.cat([x_t, kept_x_t]), torch.cat([t, kept_t]), Conditioning.cat([asked, texts.anchors(kept)])
             )
@@ -216,8 +222,8 @@ class _Texts:
     """Anchor prompts and the target prompts beside each, encoded once. Image i has anchor i modulo their number."""
 
     def __init__(self, model: Family, beside: Mapping[str, Sequence[str]]) -> None:
-        self._anchors = model.text(list(beside))
-        self._targets = model.text([target for targets in beside.values() for target in targets])
+        self._anchors = encoded(model, list(beside))
+        self._targets = encoded(model, [target for targets in beside.values() for target in targets])
         self._counts = torch.tensor([len(targets) for targets in beside.values()])
         self._firsts = self._counts.cumsum(0) - self._counts
 

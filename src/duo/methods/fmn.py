@@ -34,7 +34,7 @@ from torch.nn.functional import mse_loss, normalize
 
 from duo.conditioning import Conditioning
 from duo.delta import Delta, made_by
-from duo.drawn import draw, encode
+from duo.drawn import draw, encode, noised
 from duo.errors import UserError
 from duo.fields import check_above_0, check_from_0
 from duo.pairs import Pairs
@@ -184,7 +184,7 @@ class Fmn:
     ) -> Tensor:
         """The concept as embeddings (vectors, width), by the denoising error of its images with every weight frozen."""
         word = nn.Parameter(self._start(model, words[0], seed=run.seed))
-        n, process, rate = self.inversion_batch_size, model.process, self.inversion_learning_rate
+        n, rate = self.inversion_batch_size, self.inversion_learning_rate
         own = {key: record[key] for key in record if key.startswith("inversion_") and key != "inversion_steps"}
         others = ("images", "captions", "template", "prompts", "words", "model", "seed")
 
@@ -192,12 +192,9 @@ class Fmn:
             if self.inversion_norm is not None:
                 pull_norms(word, self.inversion_norm, share=min(1.0, 100 * rate))
             rows = torch.randint(len(latents), (n,), generator=generator)
-            eps = torch.randn(n, *latents.shape[1:], generator=generator).to(latents)
-            t = process.sample_t(n, low=0.0, high=1.0, generator=generator)
-            x0 = latents[rows.to(latents.device)]
+            x_t, t, wanted = noised(model.process, latents[rows.to(latents.device)], generator=generator)
             text = model.text([captions[i][0][0] for i in rows.tolist()], tokens={PLACEHOLDER: word})
-            output = model.predict(process.noised(x0, eps, t), t, text)
-            return mse_loss(output.float(), process.target(x0, eps, t).float()), {}
+            return mse_loss(model.predict(x_t, t, text).float(), wanted.float()), {}
 
         steps = fit(
             loss,
@@ -240,16 +237,14 @@ class Fmn:
 
         `text` and `masks` (captions, length) are of all captions, `choices` the numbers of those of each image.
         """
-        n, process = self.train_batch_size, model.process
+        n = self.train_batch_size
 
         def loss(generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
             rows = torch.randint(len(latents), (n,), generator=generator)
             chosen = torch.randint(len(choices[0]), (n,), generator=generator).tolist()
             caption = torch.tensor([choices[i][c] for i, c in zip(rows.tolist(), chosen, strict=True)])
             caption = caption.to(latents.device)
-            eps = torch.randn(n, *latents.shape[1:], generator=generator).to(latents)
-            t = process.sample_t(n, low=0.0, high=1.0, generator=generator)
-            x_t = process.noised(latents[rows.to(latents.device)], eps, t)
+            x_t, t, _ = noised(model.process, latents[rows.to(latents.device)], generator=generator)
             with captured(model.denoiser, attentions) as maps:
                 model.predict(x_t, t, text[caption])
             mask = masks[caption]

@@ -18,7 +18,7 @@ Departures from the paper and its public code, and why:
   those that are not trained add nothing but memory and time.
 - Replay draws from all its images. The public code pairs surrogate and replay by index, up to the shorter set, so of
   4999 replay images it never looks at 3999.
-- Replay captions are the concept's own harmless ones, far fewer than the authors' 4999, and surrogates are drawn from
+- Replay captions are the concept's own harmless ones, not the authors' 4999, and surrogates are drawn from
   its safe prompts. Latents are the posterior's means. The model draws all images itself.
 - `concept_text` = "prompts" is ours: a surrogate image gets the unsafe twin of the prompt that drew it.
 - On DiTs, which the authors do not treat, "noxattn" leaves out what the text's side of the attention has.
@@ -36,9 +36,9 @@ from torch import Tensor, nn
 
 from duo import parallel
 from duo.checkpoint import read_tensors, write_tensors
-from duo.conditioning import Conditioning
+from duo.conditioning import Conditioning, encoded
 from duo.delta import Delta, made_by
-from duo.drawn import draw, encode
+from duo.drawn import draw, encode, noised
 from duo.errors import UserError
 from duo.fields import check_above_0, check_above_0_or_none, check_from_0
 from duo.losses import squared_error
@@ -132,7 +132,7 @@ class Sa:
         replay = encode(model, draw(model, harmless, n=self.replay_images, run=run, name="replay"))
         called = list(concept.words) if self.concept_text == "words" else [one for one, _ in twins]
         with torch.no_grad():
-            concept_text, replay_text = model.text(called), model.text(harmless)
+            concept_text, replay_text = encoded(model, called), encoded(model, harmless)
         made = made_by("sa", self, model=model, run=run)
         told = {"safe": safe, "called": called, "harmless": list(harmless), "model": model.name, "seed": run.seed}
         record = {**made["config"], **told}
@@ -222,7 +222,7 @@ class Sa:
 
         `weights` are each weight with its value before and its Fisher information.
         """
-        n, process = self.train_batch_size, model.process
+        n = self.train_batch_size
 
         def loss(generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
             chosen, kept = (torch.randint(len(one), (n,), generator=generator) for one in (surrogate, replay))
@@ -231,10 +231,8 @@ class Sa:
                 called = chosen % len(concept_text)
             x0 = torch.cat([surrogate[chosen.to(surrogate.device)], replay[kept.to(replay.device)]])
             text = Conditioning.cat([concept_text[called], replay_text[kept % len(replay_text)]])
-            eps = torch.randn(x0.shape, generator=generator).to(x0)
-            t = process.sample_t(2 * n, low=0.0, high=1.0, generator=generator)
-            output = model.predict(process.noised(x0, eps, t), t, text)
-            forget, keep = squared_error(output, process.target(x0, eps, t)).chunk(2)
+            x_t, t, wanted = noised(model.process, x0, generator=generator)
+            forget, keep = squared_error(model.predict(x_t, t, text), wanted).chunk(2)
             penalty = ewc(weights)
             total = amnesia_loss(forget, keep, penalty, replay_weight=self.replay_weight, ewc_weight=self.ewc_weight)
             numbers = {"surrogate": forget.mean(), "replay": keep.mean(), "ewc": self.ewc_weight * penalty}

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from duo.conditioning import Conditioning
+from duo.conditioning import Conditioning, encoded
 from duo.delta import Delta, compose, made_by
 from duo.errors import UserError
 from duo.fields import check_above_0, check_choices, check_from_0
@@ -164,7 +164,7 @@ class Spm:
         seed = seed_for(run.seed, "spm", number)
         concepts, neutrals = (model.text(texts) for texts in zip(*named, strict=True))
         unconditional = model.unconditional()
-        harmless = model.text(concept.harmless) if self.anchoring == "harmless" else None
+        harmless = encoded(model, concept.harmless) if self.anchoring == "harmless" else None
         trained = fixed_by(made["config"], "gate")
         with (
             waiting(model.encoders(), device=model.device, offload=run.precision.offload),

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from duo.concept import load_concept
+from duo.concept import FILE, load_concept
 from duo.errors import UserError
-from duo.fields import as_table
+from duo.fields import as_table, read_toml
 from duo.report.json_fields import read_object
+from duo.report.toml_text import toml_text
 from duo.rundir import digest
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnConcept:
-    """A concept file's name, its text where it still is as the run had it, and the digest of what the run had."""
+    """A concept file's name, its text where it still is as the run had it, and the digest of what the run had.
+
+    The text of one that names a file of captions has these in it, so that it needs no other file.
+    """
 
     file: str
     text: str | None
@@ -30,10 +34,11 @@ class OwnConcept:
             return None
         had = read_object(run / "erase" / "manifest.json").table("config").table("concept").text("digest")
         try:
-            same = digest(as_table(load_concept(path))) == had
+            table = as_table(load_concept(path))
+            whole = toml_text(table) if FILE in read_toml(path) else path.read_text(encoding="utf-8")
         except UserError:  # moved, or changed to what is no concept
-            same = False
-        return cls(file=path.name, text=path.read_text(encoding="utf-8") if same else None, digest=had)
+            return cls(file=path.name, text=None, digest=had)
+        return cls(file=path.name, text=whole if digest(table) == had else None, digest=had)
 
 
 def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
