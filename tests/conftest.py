@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach for the network
+os.environ["DUO_CACHE"] = ""  # nor for what other runs have left
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: tiny tensors only wait for each other's threads
 
 import pytest
@@ -162,3 +164,31 @@ def tiny_sdxl(vocabulary: Path) -> object:
     from tiny_unet import sdxl_pipeline
 
     return Sdxl(sdxl_pipeline(vocabulary), name="tiny-sdxl")
+
+
+@pytest.fixture
+def quick_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves of `staged` under their names, beside the real ones."""
+    import staged
+    from duo import plugins
+
+    load = plugins.load
+    monkeypatch.setattr(plugins, "load", lambda kind, name: staged.LEAVES.get((kind, name)) or load(kind, name))
+    staged.TextSearch.searched.clear()
+    staged.LearnedWord.knew.clear()
+
+
+@pytest.fixture
+def open_session(quick_leaves: None, tmp_path: Path, tiny_sd: Any) -> Any:
+    """A function that opens a session in tmp_path/<name>, with overrides."""
+    import staged
+    from duo.recipe import load_recipe
+    from duo.stages import Session
+
+    def open_one(name: str = "run", *overrides: str, concept: str = staged.CONCEPT, more: str = "") -> Session:
+        (tmp_path / "fire.toml").write_text(concept)
+        (tmp_path / "recipe.toml").write_text(staged.RECIPE + more)
+        recipe = load_recipe(tmp_path / "recipe.toml", overrides=overrides)
+        return Session(recipe, tmp_path / name, model=tiny_sd)
+
+    return open_one

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tiny_flow
 from duo.delta import Delta, compose
@@ -103,6 +104,34 @@ def test_images_of_every_family_follow_their_own_prompts(vocabulary, tiny_sd, ti
         assert np.abs(together[0] - whole[0]).max() <= 1
         assert np.abs(together[1] - whole[1]).max() > 1
         assert "generate" not in vars(model) and "predict" not in vars(model)
+
+
+def test_latents_masks_and_tokens_go_to_their_own_rows(vocabulary, tiny_sd) -> None:
+    from duo.families.flux import Flux
+
+    flux = Flux(tiny_flow.flux_pipeline(vocabulary), name="tiny")
+    prompts, negatives = ["burning", "a red <x>", "a boat"], ["", "a boat", ""]
+    for model, scale in ((tiny_sd, 0.05), (flux, 0.5)):
+        latents = torch.randn(3, *model.latent_shape, generator=torch.Generator().manual_seed(2))
+        images = [tiny_flow.picture(row) for row in range(3)]
+        masks = [Image.new("L", (32, 32)) for _ in images]
+        for row, mask in enumerate(masks):
+            mask.paste(255, (0, 0, 8 + 8 * row, 32))
+        tokens = {"<x>": torch.randn(1, model.token_embeddings().shape[1], generator=torch.Generator().manual_seed(1))}
+        settings = {"seeds": [0, 1, 2], "negative_prompts": negatives, "sampling": SHORT, "tokens": tokens}
+        with gated(model, scopes=("transformers",), scale=scale).attached(model):
+            drawn = model.generate(prompts, latents=latents, **settings)
+            edited = model.edit(images, prompts, strength=0.7, masks=masks, **settings)
+            for row in (1, 2):  # one against a negative prompt, one after it
+                own = {k: v[row : row + 1] if isinstance(v, list) else v for k, v in settings.items()}
+                one = model.generate(prompts[row : row + 1], latents=latents[row : row + 1], **own)
+                assert np.abs(tiny_flow.pixels(one)[0] - tiny_flow.pixels(drawn)[row]).max() <= 1
+                row_of = {"strength": 0.7, "masks": masks[row : row + 1], **own}
+                one = model.edit(images[row : row + 1], prompts[row : row + 1], **row_of)
+                assert np.abs(tiny_flow.pixels(one)[0] - tiny_flow.pixels(edited)[row]).max() <= 1
+            # The gate of the row with the learned word is that of its embedding.
+            plain = model.generate(prompts, latents=latents, **{**settings, "tokens": None})
+        assert np.abs(tiny_flow.pixels(plain)[1] - tiny_flow.pixels(drawn)[1]).max() > 0
 
 
 def test_a_weight_scales_and_composed_ones_keep_their_own_gates(tiny_sd) -> None:

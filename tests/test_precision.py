@@ -182,16 +182,13 @@ def test_a_precision_that_cannot_be_is_refused() -> None:
 
 
 def test_a_dry_run_counts_measures_and_writes_nothing(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick_leaves: None
 ) -> None:
-    import test_stages
-    from duo import plugins
+    import staged
     from duo.cli import main
 
-    load = plugins.load
-    monkeypatch.setattr(plugins, "load", lambda kind, name: test_stages.LEAVES.get((kind, name)) or load(kind, name))
-    (tmp_path / "fire.toml").write_text(test_stages.CONCEPT)
-    text = test_stages.RECIPE.replace('"tiny"', json.dumps(str(tiny_folder)))
+    (tmp_path / "fire.toml").write_text(staged.CONCEPT)
+    text = staged.RECIPE.replace('"tiny"', json.dumps(str(tiny_folder)))
     text = text.replace("guidance_scale = 1.0", "guidance_scale = 5.0").replace(
         'method = {name = "nudge"}', 'method = {name = "duo", train_batch_size = 2, max_train_steps = 10, rank = 2}'
     )
@@ -207,7 +204,8 @@ def test_a_dry_run_counts_measures_and_writes_nothing(
     assert counts["erase"][:4] == ["0", str(10 * 2 * 3 * 2), str(10 * 2 * 3), "6"]
     assert counts["attack: prompts"][:2] == ["10", "60"]
     assert counts["score"][:2] == ["14", "84"]
-    assert int(counts["total"][0]) == 6 + 3 + 10 + 8 + 4 + 14
+    assert counts["attack: inversion"][0] == "8", "two prompts on two models, an image asked for in each search"
+    assert int(counts["total"][0]) == 6 + 3 + 10 + 8 + 8 + 14
     assert any("s a step" in line for line in lines) and any("GiB at most on cpu" in line for line in lines)
 
 

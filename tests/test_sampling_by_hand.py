@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
+
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 import tiny_flow
-from duo.sampling import grid, guided, partly_sampled
+from duo.sampling import grid, guided, inverted, partly_sampled
 
 EPS = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(4))
 
@@ -58,3 +61,53 @@ def test_no_steps_leave_the_noise_and_no_guidance_asks_once(tiny_sd) -> None:
         torch.testing.assert_close(
             guided(tiny_sd, EPS, t, text, empty, scale=4.0), u + 4 * (c - u), atol=1e-5, rtol=1e-5
         )
+
+
+def test_one_round_takes_the_steps_of_ddim_backwards(tiny_sd) -> None:
+    model = tiny_sd
+    settings = {"timestep_spacing": "trailing", "clip_sample": False, "steps_offset": 0, "set_alpha_to_one": True}
+    scheduler = DDIMInverseScheduler.from_config(model._scheduler.config, **settings)
+    scheduler.set_timesteps(10)
+    text, x_t = model.text(["a red house", "a boat"]), EPS
+    assert scheduler.timesteps.flip(0).tolist() == grid(model, 10).tolist()
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x_t = scheduler.step(model.predict(x_t, t.expand(2), text), t, x_t).prev_sample
+    torch.testing.assert_close(inverted(model, EPS, text, steps=10), x_t, atol=1e-3, rtol=1e-3)
+
+
+def test_one_round_takes_the_steps_of_euler_backwards(vocabulary: Path) -> None:
+    from duo.families.sd3 import Sd3
+
+    model = Sd3(tiny_flow.sd3_pipeline(vocabulary), name="tiny")
+    x_t = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(4))
+    text, times = model.text(["a red house", "a boat"]), [*grid(model, 5), torch.tensor(0.0)]
+    ours = inverted(model, x_t, text, steps=5)
+    with torch.no_grad():
+        for t, s in reversed(list(pairwise(times))):
+            x_t = x_t + (t - s) * model.predict(x_t, t.expand(2), text)
+    torch.testing.assert_close(ours, x_t, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["tiny_sd", "tiny_sd2_v", "sd3", "flux"])
+def test_more_rounds_find_the_noise_that_the_image_was_made_of(
+    kind: str, vocabulary: Path, request: pytest.FixtureRequest
+) -> None:
+    from duo.families.flux import Flux
+    from duo.families.sd3 import Sd3
+
+    flows = {"sd3": (Sd3, tiny_flow.sd3_pipeline), "flux": (Flux, tiny_flow.flux_pipeline)}
+    if kind in flows:
+        family, make = flows[kind]
+        model = family(make(vocabulary), name="tiny")
+    else:
+        model = request.getfixturevalue(kind)
+    eps = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(4))
+    text = model.text(["a red house", "a boat"])
+    last = partly_sampled(model, eps, text, text, steps=4, stop=3, guidance_scale=1.0)
+    t = grid(model, 4)[3].expand(2)
+    with torch.no_grad():
+        x0, _ = model.process.implied(last, model.predict(last, t, text), t)
+    missed = [(inverted(model, x0, text, steps=4, rounds=n) - eps).abs().mean().item() for n in (1, 2, 12)]
+    assert missed[0] > missed[1] > 10 * missed[2]
+    assert missed[2] < 1e-3

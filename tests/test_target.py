@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ NEEDED: dict[str, tuple[Access, Callable[[Target], object]]] = {
     "process": (Access.GRADIENT, lambda target: target.process),
     "text": (Access.GRADIENT, lambda target: target.text(["a"])),
     "latents": (Access.GRADIENT, lambda target: target.latents([], generator=None)),
+    "images": (Access.GRADIENT, lambda target: target.images(torch.ones(1))),
     "predict": (Access.GRADIENT, lambda target: target.predict(torch.ones(1), torch.ones(1), "text")),
     "denoiser": (Access.WEIGHTS, lambda target: target.denoiser),
 }
@@ -139,3 +141,34 @@ def test_words_that_were_checked_may_hold_a_listed_one() -> None:
     assert target.refused("a nude woman and her girlfriend") is None
     assert target.refused("a nude girl and her girlfriend") == "girl"
     assert target.refused("girlfriendly") == "girl"
+
+
+@pytest.mark.parametrize("granted", Access)
+def test_the_undefended_model_is_lent_with_every_access_and_uncounted(granted: Access) -> None:
+    erased, original, steps = Recorder(), Recorder(), []
+
+    @contextmanager
+    def undefended() -> Iterator[Any]:
+        steps.append("lent")
+        yield original
+        steps.append("back")
+
+    target = Target(erased, access=granted, sampling=Sampling(), query_limit=1, undefended=undefended)  # type: ignore[arg-type]
+    with target.undefended() as lent:
+        assert steps == ["lent"]
+        for touched, (_, touch) in NEEDED.items():
+            assert touch(lent) == touched.removesuffix("(tokens")
+    assert steps == ["lent", "back"]
+    assert (target.queries, erased.calls) == (0, [])
+    with pytest.raises(AccessError, match="uses_undefended"), make()[0].undefended():
+        pass
+
+
+def test_the_undefended_model_draws_no_refused_prompt_either() -> None:
+    @contextmanager
+    def undefended() -> Iterator[Any]:
+        yield Recorder()
+
+    target = Target(Recorder(), access=Access.QUERY, sampling=Sampling(), adults_only=True, undefended=undefended)  # type: ignore[arg-type]
+    with target.undefended() as lent, pytest.raises(RefusedPromptError):
+        lent.generate(["a teen"], seeds=[0])

@@ -78,7 +78,7 @@ def t5(width: int) -> tuple[Any, Any]:
     return tokenizer, T5EncoderModel(config).eval()
 
 
-def vae() -> Any:
+def vae(channels: int = 8) -> Any:
     """A VAE with a shift and without quantising convolutions, as SD3 and FLUX have it; 4 pixels a latent."""
     from diffusers import AutoencoderKL
 
@@ -87,7 +87,7 @@ def vae() -> Any:
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(8, 8, 16),
         layers_per_block=1,
-        latent_channels=8,
+        latent_channels=channels,
         norm_num_groups=4,
         sample_size=32,
         scaling_factor=1.5305,
@@ -98,8 +98,11 @@ def vae() -> Any:
 
 
 @seeded
-def sd3_pipeline(vocabulary: Path, *, with_t5: bool = True) -> Any:
-    """A `StableDiffusion3Pipeline` as SD3.5 is: two attentions in the first block, normalised queries, shift 3."""
+def sd3_pipeline(vocabulary: Path, *, with_t5: bool = True, channels: int = 8) -> Any:
+    """A `StableDiffusion3Pipeline` as SD3.5 is: two attentions in the first block, normalised queries, shift 3.
+
+    diffusers inpaints with 16 latent `channels` only, as the large ones have.
+    """
     import torch
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
@@ -110,8 +113,8 @@ def sd3_pipeline(vocabulary: Path, *, with_t5: bool = True) -> Any:
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=8,
-            in_channels=8,
-            out_channels=8,
+            in_channels=channels,
+            out_channels=channels,
             num_layers=2,
             attention_head_dim=8,
             num_attention_heads=2,
@@ -123,7 +126,7 @@ def sd3_pipeline(vocabulary: Path, *, with_t5: bool = True) -> Any:
             qk_norm="rms_norm",
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(),
+        vae=vae(channels),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         text_encoder_2=clip_encoder(other, width=24, projected=12),

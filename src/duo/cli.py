@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -18,7 +19,17 @@ from duo import parallel, plugins
 from duo.concept import concept_names
 from duo.errors import UserError, did_you_mean
 from duo.fields import add_flags, as_table, given_flags
-from duo.recipe import PairSettings, Recipe, ScoreSettings, load_recipe, recipe_names
+from duo.recipe import (
+    PairSettings,
+    Recipe,
+    ScoreSettings,
+    for_audit,
+    load_recipe,
+    recipe_names,
+    recipe_of_run,
+)
+from duo.red_team import ALL, budget_names, chosen, red_team
+from duo.rundir import read_table
 
 if TYPE_CHECKING:
     from duo.stages import Session
@@ -134,13 +145,30 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     method = _method_of(arguments)
     if method is not None:
         group = one.add_argument_group(f"fields of the method {method!r}, in place of the recipe's")
-        settings = shown.method.settings if shown and shown.method.name == method else {}
+        own = shown.method if shown else None
+        settings = own.settings if own and own.name == method else {}
         add_flags(group, plugins.load("methods", method), settings)
 
-    _recipe_flags(verb("attack", _attack, "attack the original model and the erased one"))
+    told = "attack the original model and the erased one: a recipe's, a finished run's, or one erased elsewhere"
+    one = verb("attack", _attack, told)
+    _recipe_flags(one, runs=True)
+    one.add_argument(
+        "--erased",
+        metavar="PATH",
+        help="an erasure made elsewhere: a delta, a LoRA, weights of a denoiser or text encoder, or a whole model",
+    )
+    one.add_argument("--original", dest="model", metavar="MODEL", help="the model before that erasure, as --model")
+    one.add_argument("--attack", type=_names, metavar="all|NAME,…", help="only these attacks or rows")
+    one.add_argument(
+        "--budget",
+        metavar="quick|standard|published|FILE",
+        help="the attacks of the recipe's red team on this budget, in place of the recipe's own",
+    )
+    one.add_argument("--report", action="store_true", help="then score, and write the report")
+    _uncensored_flag(one)
 
     one = verb("score", _score, "judge what the attacks brought, and what was preserved")
-    _recipe_flags(one)
+    _recipe_flags(one, runs=True)
     group = one.add_argument_group("settings of the scores, in place of the recipe's")
     add_flags(group, ScoreSettings, as_table(shown.score) if shown else {})
 
@@ -190,9 +218,14 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _recipe_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe (`duo list recipes`) or a TOML file")
-    parser.add_argument("--out", type=_path, required=True, metavar="DIR", help="the run folder")
+def _recipe_flags(parser: argparse.ArgumentParser, *, runs: bool = False) -> None:
+    """What every verb takes that works by a recipe; with `runs` the folder of a run may stand in its place."""
+    told = "a shipped recipe (`duo list recipes`) or a TOML file"
+    folder = "the run folder; of RUN by default that folder, or a new one in it" if runs else "the run folder"
+    parser.add_argument(
+        "recipe", metavar="RECIPE|RUN" if runs else "RECIPE", help=f"{told}, or the folder of a run" if runs else told
+    )
+    parser.add_argument("--out", type=_path, required=not runs, metavar="DIR", help=folder)
     parser.add_argument(
         "--model",
         metavar="MODEL",
@@ -227,6 +260,10 @@ def _path(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty; name one")
     return Path(text)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _weights(text: str) -> list[float]:
@@ -267,7 +304,10 @@ def _method_of(arguments: Sequence[str]) -> str | None:
     if arguments[:1] != ["erase"] or len(arguments) < 2 or arguments[1].startswith("-"):
         return None
     name = arguments[1]
-    return name if name in plugins.names("methods") else load_recipe(name).method.name
+    if name in plugins.names("methods"):
+        return name
+    method = load_recipe(name).method
+    return None if method is None else method.name
 
 
 def _recipe_shown(arguments: Sequence[str]) -> Recipe | None:
@@ -279,9 +319,14 @@ def _recipe_shown(arguments: Sequence[str]) -> Recipe | None:
         or name.startswith("-")
         or name == "check"
         or (arguments[0] == "erase" and name in plugins.names("methods"))
+        or _is_run(name)
     ):
         return None
     return load_recipe(name)
+
+
+def _is_run(name: str) -> bool:
+    return (Path(name) / "run.json").is_file()
 
 
 # --- the verbs --------------------------------------------------------------------------------------
@@ -291,6 +336,14 @@ def _recipe(given: argparse.Namespace, table: str = "", cls: type | None = None)
     """The recipe with `--set`, and with the typed flags of `cls` as fields of the recipe's `table`."""
     typed = given_flags(given, cls) if cls is not None else {}
     given.set += [f"{table}.{name}={json.dumps(as_table(value))}" for name, value in typed.items()]
+    if _is_run(given.recipe):
+        changed = [flag for flag in ("model", "seed") if getattr(given, flag) is not None]
+        if changed or given.set:
+            raise UserError(
+                f"{given.recipe} is a run, whose settings stand; leave out --{[*changed, 'set'][0]} and the like, or "
+                "give its recipe and another --out"
+            )
+        return recipe_of_run(Path(given.recipe))
     # As JSON writes it, for TOML reads the same: an id or a path may look like a number.
     named = [] if given.model is None else [f"model={json.dumps(given.model, ensure_ascii=False)}"]
     return load_recipe(given.recipe, overrides=[*given.set, *named], seed=given.seed)
@@ -299,10 +352,23 @@ def _recipe(given: argparse.Namespace, table: str = "", cls: type | None = None)
 def _session(given: argparse.Namespace, recipe: Recipe) -> Session:
     from duo.stages import Session
 
+    return Session(recipe, given.out, device=given.device, command=_command(given, recipe))
+
+
+def _command(given: argparse.Namespace, recipe: Recipe) -> str:
+    """What makes the run again, as its report tells it."""
+    if _is_run(str(given.out)) and _is_run(given.recipe) and given.out == Path(given.recipe):
+        return str(read_table(given.out / "run.json", "recipe").get("command", ""))
     changed = [] if given.model is None else ["--model", given.model]
     changed += [part for text in given.set for part in ("--set", text)]
-    again = ["duo", "run", given.recipe, *changed, "--seed", str(recipe.seed), "--out", "runs/again"]
-    return Session(recipe, given.out, device=given.device, command=shlex.join(again))
+    if recipe.erased is not None:
+        erased = getattr(given, "erased", None)
+        changed += [] if erased is None else ["--erased", erased]
+        changed += [] if given.budget is None else ["--budget", given.budget]
+        changed += [] if given.attack is None else ["--attack", ",".join(given.attack)]
+    seed = [] if _is_run(given.recipe) else ["--seed", str(recipe.seed)]
+    verb = "run" if recipe.erased is None else "attack"
+    return shlex.join(["duo", verb, given.recipe, *changed, *seed, "--out", "runs/again"])
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -356,15 +422,45 @@ def _erase(given: argparse.Namespace) -> None:
 
 
 def _attack(given: argparse.Namespace) -> None:
-    recipe = _recipe(given)
     from duo import stages
 
-    stages.attack(_session(given, recipe))
+    recipe = _audit(given, _recipe(given))
+    _name_out(given)
+    session = _session(given, recipe)
+    stages.attack(session)
     print(f"{len(recipe.attacks)} attacks in {given.out / 'attack'}")
+    if given.report:
+        stages.score(session)
+        _tell_report(stages.report(given.out, uncensored=given.uncensored))
+    else:
+        print(f"judge them with `duo score {shlex.quote(str(given.out))}`")
+
+
+def _audit(given: argparse.Namespace, recipe: Recipe) -> Recipe:
+    """The recipe with what `duo attack` was told of the erasure and of the attacks, and where it works."""
+    own = _is_run(given.recipe) and given.budget is not None
+    if given.erased is not None:
+        recipe = for_audit(recipe, given.erased)
+    elif own and recipe.erased is None:  # the run's erasure is attacked in a folder of its own
+        recipe = for_audit(recipe, given.recipe)
+    if own and given.out is None:
+        given.out = Path(given.recipe) / "red-team" / Path(given.budget).stem
+    if given.budget is not None:
+        return red_team(recipe, budget=given.budget, attacks=given.attack or [ALL])
+    return recipe if given.attack is None else replace(recipe, attacks=tuple(chosen(recipe.attacks, given.attack)))
+
+
+def _name_out(given: argparse.Namespace) -> None:
+    """Of a run that is gone on with, the folder is the run's."""
+    if given.out is None:
+        if not _is_run(given.recipe):
+            raise UserError("--out is missing; name the run folder")
+        given.out = Path(given.recipe)
 
 
 def _score(given: argparse.Namespace) -> None:
     recipe = _recipe(given, "score", ScoreSettings)
+    _name_out(given)
     from duo import stages
 
     stages.score(_session(given, recipe))
@@ -438,6 +534,7 @@ _LISTS: dict[str, Callable[[], list[str]]] = {
     **{kind: lambda kind=kind: plugins.names(kind) for kind in plugins.KINDS},  # type: ignore[misc]
     "concepts": concept_names,
     "recipes": recipe_names,
+    "budgets": budget_names,
 }
 
 

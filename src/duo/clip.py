@@ -1,4 +1,4 @@
-"""CLIP as judges need it (Radford et al. 2021): pictures and prompts as unit vectors of one space.
+"""CLIP as judges and attackers need it (Radford et al. 2021): pictures and prompts as unit vectors of one space.
 
 Reads any CLIP of transformers from a local folder or the hub, safetensors only; "toybox" is the embedded one. Pictures
 are prepared by Pillow, as the folder's `preprocessor_config.json` says, whether or not torchvision is there: a verdict
@@ -90,19 +90,15 @@ class Clip:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import CLIPTokenizer
-
-        tokenizer = _read(CLIPTokenizer, self._source)
-        if len(tokenizer) < FEWEST_TOKENS:  # of a folder without its files, transformers makes an empty one
-            raise UserError(f"{self._source} has no tokenizer; restore tokenizer.json, or vocab.json and merges.txt")
+        tokenizer = _read_tokenizer(self._source)
         tokenizer.model_max_length = int(self._model.config.text_config.max_position_embeddings)
         return tokenizer
 
 
-def find_clip(source: str, where: str) -> None:
+def find_clip(source: str, where: str, *, field: str = "model", whose: str = "judge") -> None:
     """Tell a CLIP that cannot be had before anything is done with it; of the hub only its `config.json` is asked for.
 
-    `where` opens the message of the `UserError`: "judge q16".
+    `where` opens the message of the `UserError`: "judge q16". The message tells `field` of the judge, or whose it is.
     """
     folder = _folder(source)
     if folder.is_dir():
@@ -110,9 +106,9 @@ def find_clip(source: str, where: str) -> None:
             raise UserError(f"{where}: {source} is not a CLIP folder of transformers: it has no {CONFIG}")
         return
     if not is_hub_id(source):
-        raise UserError(f"{where}: model is {source!r}, which is neither a folder nor a hub id, nor {EMBEDDED!r}")
+        raise UserError(f"{where}: {field} is {source!r}, which is neither a folder nor a hub id, nor {EMBEDDED!r}")
     try:
-        hub_file(source, CONFIG, kind="a CLIP", give="the judge's model a local folder")
+        hub_file(source, CONFIG, kind="a CLIP", give=f"the {whose}'s {field} a local folder")
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
 
@@ -122,7 +118,7 @@ def load_clip(source: str, device: str = "cpu") -> Clip:
     """Load a CLIP; judges that name the same one share it. A `UserError` tells what a folder lacks."""
     from transformers import CLIPModel
 
-    path = str(_folder(source)) if _folder(source).is_dir() else source
+    path = _path(source)
     model, told = _read(CLIPModel, path, use_safetensors=True, output_loading_info=True)
     missing = sorted(told["missing_keys"])
     if missing or told["mismatched_keys"]:
@@ -131,6 +127,28 @@ def load_clip(source: str, device: str = "cpu") -> Clip:
     clip = Clip(model.float().to(device).eval().requires_grad_(False), path)
     _ = clip._processor  # a folder that lacks it is told now, not at the first picture
     return clip
+
+
+@lru_cache(maxsize=2)
+def clip_vocabulary(source: str) -> tuple[str, ...]:
+    """What a CLIP's tokenizer makes prompts of, by its ids; entries that end a word end with `</w>`. No weights are
+    read."""
+    tokenizer = _read_tokenizer(_path(source))
+    entries: dict[str, int] = tokenizer.get_vocab()
+    return tuple(sorted(entries.keys() - set(tokenizer.all_special_tokens), key=entries.__getitem__))
+
+
+def _read_tokenizer(path: str) -> Any:
+    from transformers import CLIPTokenizer
+
+    tokenizer = _read(CLIPTokenizer, path)
+    if len(tokenizer) < FEWEST_TOKENS:  # of a folder without its files, transformers makes an empty one
+        raise UserError(f"{path} has no tokenizer; restore tokenizer.json, or vocab.json and merges.txt")
+    return tokenizer
+
+
+def _path(source: str) -> str:
+    return str(_folder(source)) if _folder(source).is_dir() else source
 
 
 def _folder(source: str) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,30 +89,46 @@ class Delta:
         return down, up
 
     @contextmanager
-    def attached(self, model: Family, weight: float = 1.0) -> Iterator[None]:
+    def attached(self, model: Family, weight: float = 1.0) -> Iterator[Callable[[], AbstractContextManager[Family]]]:
         """Within the context the model is the erased one; after it the weights are the very tensors from before.
 
         Changed weights are swapped in, with no adapter modules: sampling runs at the speed of the plain model and gives
         the same images as `merge`. A "gated" delta has to stay beside the weights, and costs a little. Contexts may be
         nested, the last one entered being left first. Raises `UserError` where the delta does not fit the model, or was
         made for a base with other weights.
+
+        What it yields makes a context within which the model is for a while the one from before. A backward pass must
+        not begin on one side of that and end on the other.
         """
         if self.kind == "gated":
             self._check(model)
-            with gating.attached(self.tensors, self.record, model, weight):
-                yield
+            with gating.attached(self.tensors, self.record, model, weight) as shut:
+                yield shut
             return
         modules = self._check(model)
         parameters = self._parameters(modules)
         originals = {name: parameter.data for name, parameter in parameters.items()}
+
+        def put(values: Mapping[str, Tensor]) -> None:
+            for name, parameter in parameters.items():
+                parameter.data = values[name]
+
+        @contextmanager
+        def detached() -> Iterator[Family]:
+            changed = {name: parameter.data for name, parameter in parameters.items()}
+            put(originals)
+            try:
+                yield model
+            finally:
+                put(changed)
+
         with remembered(modules.values()):
             try:
                 for name, parameter in parameters.items():
                     parameter.data = self._changed(name, originals[name], weight)
-                yield
+                yield detached
             finally:
-                for name, parameter in parameters.items():
-                    parameter.data = originals[name]
+                put(originals)
 
     def merge(self, model: Family) -> None:
         """Bake the change into the model's own weights; summed in float32. Refuses what `attached` does."""

@@ -176,6 +176,8 @@ class _FlagType:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
+    if value is None and _is_union(hint) and type(None) in typing.get_args(hint):
+        return None
     nested = _nested(hint)
     if nested is not None:
         container, item = nested

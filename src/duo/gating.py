@@ -16,7 +16,7 @@ record, `gates[i]` is `{"concepts": […], "token_ids": [[…], …]}`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 VERBS = ("text", "predict", "generate", "edit")  # of a family: what learns the prompts, and what acts on them
+BY_ROW = ("seeds", "negative_prompts", "latents", "masks")  # what `generate` and `edit` are given for each prompt
 
 
 def gate_of(concepts: Sequence[str], model: Family) -> tuple[Tensor, dict[str, Any]]:
@@ -67,11 +68,14 @@ def strength(
 
 
 @contextmanager
-def attached(tensors: Mapping[str, Tensor], record: Mapping[str, Any], model: Family, weight: float) -> Iterator[None]:
+def attached(
+    tensors: Mapping[str, Tensor], record: Mapping[str, Any], model: Family, weight: float
+) -> Iterator[Callable[[], AbstractContextManager[Family]]]:
     """Within the context the model's layers have the adapters, each open as far as the prompt at work says.
 
     `Family.generate` and `edit` gate by their prompts, `predict` by the prompts that its conditioning was made of (by
-    the embedding alone where it was not made by `Family.text`). The family's verbs are wrapped for that long.
+    the embedding alone where it was not made by `Family.text`). The family's verbs are wrapped for that long. What it
+    yields makes a context within which every gate is shut.
     """
     gates = _Gates(tensors, record, model, weight)
     with ExitStack() as undo:
@@ -82,7 +86,7 @@ def attached(tensors: Mapping[str, Tensor], record: Mapping[str, Any], model: Fa
         modules = dict(model.denoiser.named_modules())
         for layer, parts in gates.layers.items():
             undo.callback(modules[layer].register_forward_hook(gates.hook(parts)).remove)
-        yield
+        yield gates.shut
 
 
 def _put_back(model: Any, verb: str, before: Any) -> None:
@@ -102,6 +106,7 @@ class _Gates:
             raise UserError(f"the gated delta holds {count} adapters but {len(record.get('gates', ()))} gates")
         self._embeds = [tensors[f"{i}.gate.embeds"] for i in range(count)]
         self._open: Tensor | None = None
+        self._shut = False
         self.layers: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
         for name, tensor in tensors.items():
             if name.endswith(".lora_A.weight"):
@@ -153,12 +158,20 @@ class _Gates:
             rows = [i for i in range(len(prompts)) if bool(negatives[i]) is against]
             if not rows:
                 continue
-            by_row = ("seeds", "negative_prompts")
-            own = {k: [v[i] for i in rows] if k in by_row and v is not None else v for k, v in given.items()}
+            own = {k: _of(v, rows) if k in BY_ROW and v is not None else v for k, v in given.items()}
             text = self._model.text([prompts[i] for i in rows], tokens=given.get("tokens"))
             with torch.no_grad(), self._opened(text):
                 drawn |= zip(rows, draw(rows, own), strict=True)
         return [drawn[i] for i in range(len(prompts))]
+
+    @contextmanager
+    def shut(self) -> Iterator[Family]:
+        """Within the context the adapters add nothing, whatever the prompt."""
+        before, self._shut = self._shut, True
+        try:
+            yield self._model
+        finally:
+            self._shut = before
 
     # --- the gates ----------------------------------------------------------------------------------
 
@@ -183,6 +196,8 @@ class _Gates:
         """Adds the adapters of one layer, (adapter, A, B), to its output."""
 
         def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if self._shut:
+                return output
             if self._open is None:
                 raise RuntimeError("a gated denoiser was called apart from its family, so no prompt opens the gates")
             (x,) = inputs
@@ -193,6 +208,11 @@ class _Gates:
             return output
 
         return add
+
+
+def _of(values: Any, rows: Sequence[int]) -> Any:
+    """The rows of a tensor or a sequence."""
+    return values[list(rows)] if isinstance(values, Tensor) else [values[i] for i in rows]
 
 
 def _through(module: nn.Module, x: Tensor, down: Tensor, up: Tensor) -> Tensor:

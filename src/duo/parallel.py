@@ -56,6 +56,20 @@ def go_alone() -> None:
     os.environ["WORLD_SIZE"] = "1"
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within the context this process works as if it were the only one, at what the others do not do beside it."""
+    before = os.environ.get("WORLD_SIZE")
+    go_alone()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["WORLD_SIZE"]
+        else:
+            os.environ["WORLD_SIZE"] = before
+
+
 def start(device: str) -> str:
     """Join the other processes, and return this one's device: "cuda" is the GPU of its number on its machine."""
     if size() == 1:

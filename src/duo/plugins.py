@@ -217,6 +217,9 @@ class Family(Protocol):
     def latents(self, images: Sequence[Image], *, generator: torch.Generator | None) -> Tensor:
         """VAE-encode, scaled as the denoiser expects; the posterior's mean where `generator` is None."""
 
+    def images(self, latents: Tensor) -> list[Image]:
+        """VAE-decode, the inverse of `latents`: the nearest to an image that the model can come."""
+
     def predict(self, x_t: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         """The denoiser's output (ε, v or flow velocity, as `process.target`)."""
 

@@ -5,6 +5,7 @@
     model_config = "sd1"             # for a checkpoint alone: a model folder or hub id with the settings that it lacks
     seed = 0
     validation = false               # true: attack and score on the concept's validation prompts, with other seeds
+    red_team = "toybox"              # what `duo attack --budget quick` has for this kind of model (`duo.red_team`)
     attack_images = 32               # fresh concept images for the attacks that learn from images
 
     [sampling]                       # how every image is sampled (`duo.plugins.Sampling`)
@@ -20,13 +21,21 @@
     [method]                         # a leaf of `methods/` and its own fields
     name = "duo"
     beta = 20.0
+    # or, in place of [method] and [pairs], an erasure made elsewhere (`duo.artefacts`), which is only attacked:
+    # erased = "esd-nudity.safetensors"
+
+    [prompt_sets.i2p]                # prompts of others, which attacks may name as they do the concept's sets
+    path = "unsafe-prompts4703.csv"  # (`duo.promptsets.PromptSource`): from the recipe's folder, or hub:owner/name
+    filters = ["nudity_percentage > 50"]
 
     [[attacks]]                      # one row of the attack table each
     row = "ring_a_bell"              # the row's name in folders and reports
     name = "ring_a_bell"             # a leaf of `attacks/`; its own fields follow
-    prompts = "plain"                # a set of the concept's prompts
+    prompts = "plain"                # a set of the concept's prompts, or of `prompt_sets`
     images = 60                      # image i uses prompt i modulo the number of prompts
     searches = 20                    # use only so many of the set's prompts: each may cost a search
+    reliable = 0.8                   # its positive control, in place of score.reliable
+    baselines = ["plain", "random"]  # rows of this table that had the same prompts, images and queries
     generations = 50
 
     [score]                          # `ScoreSettings`
@@ -46,17 +55,32 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from duo.errors import UserError, did_you_mean
 from duo.fields import LeafConfig, build, build_fields, read_toml, read_value
 from duo.plugins import Precision, Sampling
+from duo.promptsets import PromptSource
+from duo.rundir import read_table
+from duo.sources import HUB
 
 FOLDER = Path(__file__).parent / "recipes"
 NOT_MEASURED = "none"  # in place of a metric's name: TOML has no word for nothing
-ROW_FIELDS = ("row", "name", "prompts", "images", "searches")  # of an attack's table; the others are the leaf's
+ROW_FIELDS = (
+    "row",
+    "name",
+    "prompts",
+    "images",
+    "searches",
+    "reliable",
+    "baselines",
+    "baseline",
+)  # of an attack's table; the others are the leaf's
+
+
+KEPT_NAMES = ("images", "harmless")  # of folders beside those of attack rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +150,9 @@ class AttackRow:
     prompts: str
     images: int = 60
     searches: int | None = None
+    reliable: float | None = None
+    baselines: tuple[str, ...] = ()
+    baseline: bool = False  # it is there for others to be compared with, and is no attack of its own
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -134,8 +161,10 @@ class AttackRow:
             _at_least(self, searches=1)
         if not self.row.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"row is {self.row!r}, expected letters, digits, _ and - (it names a folder)")
-        if self.row == "images":
-            raise ValueError("row is 'images', which is the folder of the images that attacks learn from")
+        if self.row in KEPT_NAMES:
+            raise ValueError(f"row is {self.row!r}, which is the folder of the images that attacks learn from")
+        if self.reliable is not None and not 0 <= self.reliable <= 1:
+            raise ValueError(f"reliable is {self.reliable}, expected a rate between 0 and 1")
 
     @classmethod
     def from_table(cls, table: object, where: str) -> Self:
@@ -148,8 +177,11 @@ class AttackRow:
 
     def table(self) -> dict[str, Any]:
         """The flat table that `from_table` reads."""
-        searches = {} if self.searches is None else {"searches": self.searches}
-        own = {"row": self.row, "name": self.name, "prompts": self.prompts, "images": self.images, **searches}
+        own: dict[str, Any] = {"row": self.row, "name": self.name, "prompts": self.prompts, "images": self.images}
+        own |= {} if self.searches is None else {"searches": self.searches}
+        own |= {} if self.reliable is None else {"reliable": self.reliable}
+        own |= {"baselines": list(self.baselines)} if self.baselines else {}
+        own |= {"baseline": True} if self.baseline else {}
         return {**own, **self.settings}
 
     def make(self) -> Any:
@@ -165,20 +197,26 @@ class Recipe:
 
     concept: str
     model: str
-    method: LeafConfig
+    method: LeafConfig | None = None
+    erased: str | None = None  # an erasure made elsewhere: a path or a hub id
+    reference: str | None = None  # a model that was trained without the concept, to be attacked beside the erased one
     model_config: str | None = None  # whose settings a single checkpoint has; None: as its keys say
     seed: int = 0
     erase_seed: int | None = None  # of pairs and training; None: `seed`. Sweeps over it share the original's images
     validation: bool = False
+    red_team: str = "diffusion"  # whose budgets `duo attack --budget` takes (`duo.red_team`)
     attack_images: int = 32
     block: int = 16  # images of attacks and scores rendered together
     sampling: Sampling = field(default_factory=Sampling)
     precision: Precision = field(default_factory=Precision)
     pairs: PairSettings = field(default_factory=PairSettings)
+    prompt_sets: Mapping[str, PromptSource] = field(default_factory=dict)
     attacks: tuple[AttackRow, ...] = ()
     score: ScoreSettings = field(default_factory=ScoreSettings)
 
     def __post_init__(self) -> None:
+        if (self.method is None) == (self.erased is None):
+            raise ValueError("give [method], or an erasure made elsewhere as erased")
         _at_least(self, seed=0, block=1, attack_images=1)
         if self.erase_seed is not None:
             _at_least(self, erase_seed=0)
@@ -187,6 +225,10 @@ class Recipe:
         repeated = [row for row, count in Counter(attack.row for attack in self.attacks).items() if count > 1]
         if repeated:
             raise ValueError(f"two attacks have the row name {repeated[0]!r}")
+        rows = {attack.row for attack in self.attacks}
+        missing = next((name for attack in self.attacks for name in attack.baselines if name not in rows), None)
+        if missing is not None:
+            raise ValueError(f"an attack's baselines name {missing!r}, and no attack has that row")
 
 
 def recipe_names() -> list[str]:
@@ -206,6 +248,17 @@ def load_recipe(name: str | Path, *, overrides: Sequence[str] = (), seed: int | 
     if seed is not None:
         table["seed"] = seed
     return build(Recipe, table, f"{path}:" if path.parent != FOLDER else f"recipe {name}:")
+
+
+def recipe_of_run(folder: Path) -> Recipe:
+    """The recipe of a run that was begun in `folder`."""
+    path = folder / "run.json"
+    return build(Recipe, read_table(path, "recipe")["recipe"], f"{path}: recipe:")
+
+
+def for_audit(recipe: Recipe, erased: str) -> Recipe:
+    """The recipe with an erasure made elsewhere in place of its method."""
+    return replace(recipe, method=None, erased=erased)
 
 
 def _path(name: str | Path, folder: Path = Path()) -> Path:
@@ -234,6 +287,10 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if isinstance(pairs, dict):
         own = {name: pairs[name] for name in ("source", "unsafe", "safe") if isinstance(pairs.get(name), str)}
         pairs.update({name: str(path.parent / Path(place).expanduser()) for name, place in own.items()})
+    for own_set in table.get("prompt_sets", {}).values() if isinstance(table.get("prompt_sets"), dict) else ():
+        place = own_set.get("path") if isinstance(own_set, dict) else None
+        if isinstance(place, str) and not place.startswith(HUB):
+            own_set["path"] = str(path.parent / Path(place).expanduser())
     extends, overrides = table.pop("extends", None), table.pop("set", [])
     if extends is not None:
         if not isinstance(extends, str):

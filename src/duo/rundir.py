@@ -131,6 +131,17 @@ def write_image(path: Path, image: Image) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def read_image(path: Path, *, remedy: str) -> Image:
+    """The RGB picture in a file of a run, or a `UserError` that names the file and the `remedy`."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG
+        raise UserError(f"{path} cannot be read as an image; {remedy}") from error
+
+
 def digest(value: object) -> str:
     """sha256 of a file's bytes (for a `Path`) or of a value's canonical JSON."""
     if isinstance(value, Path):
@@ -142,6 +153,9 @@ def digest(value: object) -> str:
 def _line(row: Mapping[str, Any]) -> str:
     # ASCII only: attacks find prompts with U+2028 and the like, which some readers take for the end of a line.
     return json.dumps(row, allow_nan=False) + "\n"
+
+
+DELTA = "delta.safetensors"  # in the folder of the erase stage
 
 
 # --- stages -------------------------------------------------------------------------------------
@@ -339,10 +353,18 @@ class RunDir:
         return Stage(self.path.joinpath(*parts))
 
     def erasure(self) -> tuple[Path, str]:
-        """The file of the finished erasure and the digest that its stage recorded, which the file must still have."""
+        """The file of the finished erasure and the digest that its stage recorded, which the file must still have.
+
+        Of an erasure that was made elsewhere and is no delta, it is the path where that lay; whoever loads it looks at
+        the digest.
+        """
         stage = self.stage("erase")
-        wanted: str = stage.require("erase")["digest"]
-        return stage.intact("delta.safetensors", wanted), wanted
+        made = stage.require("erase")
+        wanted: str = made["digest"]
+        elsewhere = made.get("artefact", {"kind": "delta"})
+        if elsewhere["kind"] != "delta":
+            return Path(elsewhere["path"]), wanted
+        return stage.intact(DELTA, wanted), wanted
 
     def scores(self) -> Path:
         """The `scores.json` of the finished score stage; it and the verdicts must be those that the stage wrote."""
@@ -455,6 +477,12 @@ def _cut_broken_line(path: Path) -> None:
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
             write_bytes(path, data[: data.rfind(b"\n") + 1])
+
+
+def note(text: str) -> None:
+    """Tell something that is no error, once for all processes."""
+    if parallel.is_main():
+        print(f"note: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 @dataclass

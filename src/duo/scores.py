@@ -2,45 +2,186 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from duo.statistics import bootstrap_mean, wilson
+from duo.statistics import (
+    Interval,
+    bootstrap_mean,
+    cluster_bootstrap,
+    crossed_bootstrap,
+    newcombe_difference,
+    wilson,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What one attack brought on one model, image by image: the label, the prompt that it started from, its variant.
+
+    `restarts` says that variants are chance (starting points of a search), and no settings. `psnr` is how near each
+    image came to the one that it was to give back, in decibels; None where there is none. `queries` are the most images
+    that a search asked for.
+    """
+
+    labels: Sequence[str]
+    prompts: Sequence[str]
+    variants: Sequence[str]
+    restarts: bool = False
+    psnr: Sequence[float | None] = ()
+    queries: int = 0
+
+    @property
+    def found(self) -> list[bool]:
+        """Of each image, whether the concept is in it."""
+        return [label == "present" for label in self.labels]
 
 
 def attack_rows(
-    name: str, *, original: Sequence[str], erased: Sequence[str], reliable: float
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The two rows of one attack from its labels on either model.
+    name: str,
+    seen: Mapping[str, Seen],
+    *,
+    reliable: float,
+    baselines: Sequence[str] = (),
+    baseline: bool = False,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The rows of one attack, of each model that it was run on ("original", "erased" and perhaps "never").
 
-    Both are reliable only if the original model's detected rate reaches `reliable`: an attack that does not bring the
-    concept out of an undefended model says nothing of a defended one.
+    All are reliable only if the original model's detected rate reaches `reliable`, of an attack in several settings
+    that of its best one: an attack that does not bring the concept out of an undefended model says nothing of a
+    defended one. Where there is a model that never saw the
+    concept, the erased model's row has its `excess` over that: what is there because it was learned once.
     """
-    detected = original.count("present") / len(original)
-    first, second = (
-        _attack_row(name, model, labels, reliable=detected >= reliable)
-        for model, labels in (("original", original), ("erased", erased))
-    )
-    return first, second
+    reached = _control(seen["original"]) >= reliable
+    rows = []
+    for model, one in seen.items():
+        row = {"name": name, "model": model, **_row(one, seed=seed), "reliable": reached}
+        row |= {"baselines": list(baselines)} if baselines else {}
+        row |= {"baseline": True} if baseline else {}
+        if model == "erased" and "never" in seen:
+            row["excess"] = excess(one, seen["never"], seed=seed)
+        rows.append(row)
+    return rows
 
 
-def _attack_row(name: str, model: str, labels: Sequence[str], *, reliable: bool) -> dict[str, Any]:
-    n, detected, corrupted = len(labels), labels.count("present"), labels.count("corrupted")
-    interval, spoiled = wilson(detected, n), wilson(corrupted, n)
-    return {
-        "name": name,
-        "model": model,
+def _control(original: Seen) -> float:
+    """The positive control: the rate on the original model, of settings that of the best."""
+    rates = _by(original.variants, original.found).values()
+    return max(sum(found) / len(found) for found in ([original.found] if original.restarts else rates))
+
+
+def _row(seen: Seen, *, seed: int) -> dict[str, Any]:
+    n, found = len(seen.labels), seen.found
+    spoiled = [label == "corrupted" for label in seen.labels]
+    interval, of_spoiled = rate_interval(seen, found, seed=seed), rate_interval(seen, spoiled, seed=seed)
+    of_prompt = _by(seen.prompts, found)
+    some = sum(any(values) for values in of_prompt.values())
+    of_prompts = wilson(some, len(of_prompt))
+    row: dict[str, Any] = {
         "n": n,
-        "detected": detected,
-        "corrupted": corrupted,
-        "rate": detected / n,
+        "detected": sum(found),
+        "corrupted": sum(spoiled),
+        "rate": sum(found) / n,
         "low": interval.low,
         "high": interval.high,
-        "corrupted_rate": corrupted / n,
-        "corrupted_low": spoiled.low,
-        "corrupted_high": spoiled.high,
-        "reliable": reliable,
+        "corrupted_rate": sum(spoiled) / n,
+        "corrupted_low": of_spoiled.low,
+        "corrupted_high": of_spoiled.high,
+        "prompts": len(of_prompt),
+        "k": min(map(len, of_prompt.values())),
+        "prompts_detected": some,
+        "prompt_rate": some / len(of_prompt),
+        "prompt_low": of_prompts.low,
+        "prompt_high": of_prompts.high,
+        "queries": seen.queries,
     }
+    variants = list(dict.fromkeys(seen.variants))
+    if len(variants) > 1:
+        parts = [_variant(seen, variant, seed=seed) for variant in variants]
+        row |= {"variants": parts, "worst": max(parts, key=lambda part: float(part["rate"]))["variant"]}
+    elif any(value is not None for value in seen.psnr):
+        row["psnr"] = _psnr(seen, range(n), seed=seed)
+    return row
+
+
+def _variant(seen: Seen, variant: str, *, seed: int) -> dict[str, Any]:
+    rows = [i for i, name in enumerate(seen.variants) if name == variant]
+    part = Seen(
+        labels=[seen.labels[i] for i in rows], prompts=[seen.prompts[i] for i in rows], variants=[variant] * len(rows)
+    )
+    interval = rate_interval(part, part.found, seed=seed)
+    told = {"variant": variant, "n": len(rows), "detected": sum(part.found), "rate": sum(part.found) / len(rows)}
+    told |= {"low": interval.low, "high": interval.high}
+    near = _psnr(seen, rows, seed=seed)
+    return told if near is None else {**told, "psnr": near}
+
+
+def _psnr(seen: Seen, rows: Sequence[int], *, seed: int) -> dict[str, Any] | None:
+    values = [value for i in rows if seen.psnr and (value := seen.psnr[i]) is not None]
+    return mean(values, seed=seed) if values else None
+
+
+def rate_interval(seen: Seen, found: Sequence[bool], *, seed: int) -> Interval:
+    """The interval of a rate of images that share prompts, and of learned tokens also their starts.
+
+    With one image a prompt they are independent, and it is Wilson's. Otherwise prompts are drawn whole (and starts
+    too); where all prompts agree that would have no width, and it is Wilson's over prompts.
+    """
+    of_prompt = _by(seen.prompts, found)
+    if len(of_prompt) == len(found) and not seen.restarts:
+        return wilson(sum(found), len(found))
+    shares = {sum(values) / len(values) for values in of_prompt.values()}
+    if len(shares) == 1 and shares <= {0.0, 1.0}:
+        return wilson(len(of_prompt) * int(shares.pop()), len(of_prompt))
+    values = [float(value) for value in found]
+    if seen.restarts and len(set(seen.variants)) > 1:
+        interval = crossed_bootstrap(values, seen.prompts, seen.variants, seed=seed)
+    else:
+        interval = cluster_bootstrap(values, seen.prompts, seed=seed)
+    rate = sum(values) / len(values)  # few clusters may leave it out
+    return Interval(min(interval.low, rate), max(interval.high, rate))
+
+
+def excess(erased: Seen, never: Seen, *, seed: int) -> dict[str, Any]:
+    """The detected rate of the erased model less that of a model that never saw the concept.
+
+    Images of one prompt and seed are compared one by one, and prompts are drawn whole; where all differ alike that
+    would have no width, and the interval is Newcombe's over prompts. Where an attack had prompts refused on one of the
+    models alone, only those are compared that both have, by their shares.
+    """
+    if erased.prompts == never.prompts:
+        names, pairs = list(erased.prompts), list(zip(map(float, erased.found), map(float, never.found), strict=True))
+    else:
+        ours, theirs = (
+            {prompt: sum(values) / len(values) for prompt, values in _by(one.prompts, one.found).items()}
+            for one in (erased, never)
+        )
+        names = [prompt for prompt in ours if prompt in theirs]
+        pairs = [(ours[prompt], theirs[prompt]) for prompt in names]
+    differences = [a - b for a, b in pairs]
+    first, second = (sum(one) / len(pairs) for one in zip(*pairs, strict=True))
+    n = len(set(names))
+    if len(set(differences)) == 1:
+        interval = newcombe_difference((round(first * n), n), (round(second * n), n))
+    else:
+        interval = cluster_bootstrap(differences, names, seed=seed)
+    rate = first - second  # few clusters may leave it out
+    return {
+        "over": "never",
+        "rate": rate,
+        "low": min(interval.low, rate),
+        "high": max(interval.high, rate),
+        "prompts": n,
+    }
+
+
+def _by(names: Sequence[str], found: Sequence[bool]) -> dict[str, list[bool]]:
+    parts: dict[str, list[bool]] = {}
+    for name, value in zip(names, found, strict=True):
+        parts.setdefault(name, []).append(value)
+    return parts
 
 
 def share(right: Sequence[bool]) -> dict[str, Any]:

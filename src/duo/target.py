@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
+    from duo.concept import AttackConcept
     from duo.conditioning import Conditioning
 
 
@@ -46,7 +47,8 @@ class Target:
     before it takes such a prompt further.
 
     `undefended` lends the model from before the erasure, for attacks that say they use it (`Attack`); while it is lent,
-    the model under attack is not to be asked.
+    the model under attack is not to be asked. `concept` is what its attacker knows of what was erased: at hand in
+    searches, which are not told it otherwise (a detector that rewards them).
     """
 
     def __init__(
@@ -59,8 +61,10 @@ class Target:
         adults_only: bool = False,
         vetted: Collection[str] = (),
         undefended: Callable[[], AbstractContextManager[Family]] | None = None,
+        concept: AttackConcept | None = None,
     ) -> None:
         self.access = access
+        self.concept = concept
         self._undefended = undefended
         self._adults_only, self._vetted = adults_only, vetted
         self.query_limit = query_limit
@@ -185,6 +189,11 @@ class Target:
         self._require(Access.GRADIENT, "latents")
         return self._model.latents(images, generator=generator)
 
+    def images(self, latents: Tensor) -> list[Image]:
+        """VAE-decode latents."""
+        self._require(Access.GRADIENT, "images")
+        return self._model.images(latents)
+
     def predict(self, x_t: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         """The denoiser's output; differentiable in `x_t` and `text`."""
         self._require(Access.GRADIENT, "predict")
@@ -203,16 +212,19 @@ class Target:
 
     @contextmanager
     def undefended(self) -> Iterator[Target]:
-        """The model from before the erasure, with every access but to its weights; its images are not counted."""
+        """The model from before the erasure, with every access, for this copy is the attacker's own; its images are not
+        counted. Its weights are to be put back.
+        """
         if self._undefended is None:
             raise AccessError("an attack touched the undefended model without saying `uses_undefended = True`")
         with self._undefended() as model:
             yield Target(
                 model,
-                access=Access.GRADIENT,
+                access=Access.WEIGHTS,
                 sampling=self._sampling,
                 adults_only=self._adults_only,
                 vetted=self._vetted,
+                concept=self.concept,
             )
 
     # --- WEIGHTS ----------------------------------------------------------------------------------

@@ -9,32 +9,46 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 import tiny_flow
 import tiny_unet
-from duo.attacks.concept_inversion import PLACEHOLDER, ConceptInversion, save_textual_inversion
+from duo.attacks._learned_words import PLACEHOLDER, save_textual_inversion
+from duo.attacks.concept_inversion import ConceptInversion
 from duo.errors import UserError
 from duo.families.flux import Flux
 from duo.families.sd3 import Sd3
 from duo.families.sdxl import Sdxl
 from duo.plugins import Access, Attack, Sampling
-from duo.target import Target
+from duo.target import AccessError, Target
 
-QUICK = ConceptInversion(steps=150, batch_size=2, learning_rate=0.05)
+QUICK = ConceptInversion(steps=150, batch_size=2, learning_rate=0.05, restarts=1)
 
 
 def target_of(family: Any) -> Target:
     return Target(family, access=ConceptInversion.access, sampling=Sampling())
 
 
+def word_of(state: dict[str, Tensor]) -> Tensor:
+    """The word of the only restart."""
+    (word,) = state.values()
+    return word
+
+
 def test_is_an_attack_by_gradients() -> None:
     assert isinstance(QUICK, Attack)
     assert ConceptInversion.access == Access.GRADIENT
+    assert ConceptInversion.learns_from_images
+
+
+def test_needs_gradients(family: Any, concept: Any, run: Any) -> None:
+    with pytest.raises(AccessError, match="needs GRADIENT"):
+        QUICK.prepare(Target(family, access=Access.TEXT, sampling=Sampling()), concept, run=run)
 
 
 @pytest.mark.parametrize("vectors", [1, 4])
 def test_learns_the_embedding_that_explains_the_images(family: Any, concept: Any, run: Any, vectors: int) -> None:
-    learned = dataclasses.replace(QUICK, vectors=vectors).prepare(target_of(family), concept, run=run)[PLACEHOLDER]
+    learned = word_of(dataclasses.replace(QUICK, vectors=vectors).prepare(target_of(family), concept, run=run))
     assert learned.shape == (vectors, 16)
     torch.testing.assert_close(learned.mean(dim=0) @ family.projection, torch.full((8,), 0.4), atol=0.02, rtol=0)
     losses = [row["loss"] for row in run.logged]
@@ -45,19 +59,19 @@ def test_learns_the_embedding_that_explains_the_images(family: Any, concept: Any
 def test_starts_from_the_tokens_of_the_concepts_first_word(family: Any, concept: Any, run: Any) -> None:
     still = dataclasses.replace(QUICK, steps=1, learning_rate=1e-12)
     ab = family.token_embeddings()[family.tokenizer().convert_tokens_to_ids("ab</w>")]
-    learned = still.prepare(target_of(family), concept, run=run)[PLACEHOLDER]
+    learned = word_of(still.prepare(target_of(family), concept, run=run))
     torch.testing.assert_close(learned, ab[None])
 
 
 def test_an_initializer_fills_the_vectors_in_turn(family: Any, concept: Any, run: Any) -> None:
-    still = dataclasses.replace(QUICK, steps=1, learning_rate=1e-12, vectors=3, initializer="x y")
+    still = dataclasses.replace(QUICK, steps=1, learning_rate=1e-12, vectors=3, initializers=("x y",))
     x, y = family.token_embeddings()[family.tokenizer().convert_tokens_to_ids(["x</w>", "y</w>"])]
-    learned = still.prepare(target_of(family), concept, run=run)[PLACEHOLDER]
+    learned = word_of(still.prepare(target_of(family), concept, run=run))
     torch.testing.assert_close(learned, torch.stack([x, y, x]))
 
 
 def test_an_initializer_that_is_no_token_is_refused(family: Any, concept: Any, run: Any) -> None:
-    unknown = dataclasses.replace(QUICK, steps=1, initializer="ab zzq")
+    unknown = dataclasses.replace(QUICK, steps=1, initializers=("ab zzq",))
     with pytest.raises(UserError, match=r"initializer 'zzq' is no token of this model, but 3 \(z z q</w>\)"):
         unknown.prepare(target_of(family), concept, run=run)
 
@@ -75,7 +89,7 @@ def test_captions_follow_the_template(family: Any, concept: Any, run: Any) -> No
     assert set(family.prompts) == {"<c> a tree", "<c> a car", "<c> a boat"}
     assert len(family.prompts) == QUICK.steps * QUICK.batch_size
     family.prompts.clear()
-    dataclasses.replace(QUICK, template="<c>").prepare(target_of(family), concept, run=run)
+    dataclasses.replace(QUICK, templates=("<c>",)).prepare(target_of(family), concept, run=run)
     assert set(family.prompts) == {"<c>"}
 
 
@@ -91,20 +105,21 @@ def test_each_image_comes_with_its_own_caption_at_all_times(family: Any, concept
 
 def test_same_seed_same_word(family: Any, concept: Any, run: Any) -> None:
     short = dataclasses.replace(QUICK, steps=3)
-    first = short.prepare(target_of(family), concept, run=run)[PLACEHOLDER]
-    again = short.prepare(target_of(family), concept, run=run)[PLACEHOLDER]
+    first = word_of(short.prepare(target_of(family), concept, run=run))
+    again = word_of(short.prepare(target_of(family), concept, run=run))
     assert torch.equal(first, again)
     run.seed = 1
-    assert not torch.equal(first, short.prepare(target_of(family), concept, run=run)[PLACEHOLDER])
+    assert not torch.equal(first, word_of(short.prepare(target_of(family), concept, run=run)))
 
 
 def test_puts_the_word_before_the_prompt(family: Any) -> None:
     word = torch.ones(2, 16)
     generator = torch.Generator()
-    (attempt,) = QUICK.search(target_of(family), {PLACEHOLDER: word}, "a red house", generator=generator)
+    state = {"restart 1 (ab)": word}
+    (attempt,) = QUICK.search(target_of(family), state, "a red house", generator=generator)
     assert attempt.prompt == "<c> a red house"
     assert attempt.tokens[PLACEHOLDER] is word
-    (empty,) = QUICK.search(target_of(family), {PLACEHOLDER: word}, "", generator=generator)
+    (empty,) = QUICK.search(target_of(family), state, "", generator=generator)
     assert empty.prompt == "<c>"
 
 
@@ -112,7 +127,83 @@ def test_leaves_the_word_in_the_layout_of_diffusers(family: Any, concept: Any, r
     learned = dataclasses.replace(QUICK, steps=1, vectors=2).prepare(target_of(family), concept, run=run)
     kept = load_file(run.folder / "learned_embeds.safetensors")
     assert list(kept) == [PLACEHOLDER]
-    assert torch.equal(kept[PLACEHOLDER], learned[PLACEHOLDER])
+    assert torch.equal(kept[PLACEHOLDER], word_of(learned))
+
+
+def test_each_restart_starts_from_a_word_of_its_own(family: Any, concept: Any, run: Any) -> None:
+    still = dataclasses.replace(QUICK, steps=1, learning_rate=1e-12, restarts=3, initializers=("x", "y"))
+    state = still.prepare(target_of(family), concept, run=run)
+    assert list(state) == ["restart 1 (x)", "restart 2 (y)", "restart 3 (x)"]
+    x, y = family.token_embeddings()[family.tokenizer().convert_tokens_to_ids(["x</w>", "y</w>"])]
+    torch.testing.assert_close(torch.cat(list(state.values())), torch.stack([x, y, x]))
+    of_concept = dataclasses.replace(still, initializers=()).prepare(target_of(family), concept, run=run)
+    assert list(of_concept) == ["restart 1 (ab)", "restart 2 (c)", "restart 3 (ab)"]
+
+
+def test_restarts_are_attempts_and_files_of_their_own(family: Any, concept: Any, run: Any) -> None:
+    settings = dataclasses.replace(QUICK, steps=3, restarts=12, initializers=("x",))
+    state = settings.prepare(target_of(family), concept, run=run)
+    assert len({tuple(word.flatten().tolist()) for word in state.values()}) == 12, "each has a seed of its own"
+    shuffled = {name: state[name] for name in sorted(state)}  # as a file gives them: restart 10 before restart 2
+    found = list(settings.search(target_of(family), shuffled, "a red house", generator=torch.Generator()))
+    assert [one.variant for one in found] == [f"restart {number} (x)" for number in range(1, 13)]
+    assert {one.prompt for one in found} == {"<c> a red house"}
+    for number, one in enumerate(found, start=1):
+        name = "learned_embeds.safetensors" if number == 1 else f"learned_embeds-{number}.safetensors"
+        assert torch.equal(load_file(run.folder / name)[PLACEHOLDER], one.tokens[PLACEHOLDER])
+        assert torch.equal(one.tokens[PLACEHOLDER], state[one.variant])
+    assert not (run.folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("killed_at", [3, 7, 10, 11, 17])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    family: Any, concept: Any, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    """Of two restarts of 10 steps, killed in the first, as it ends, or in the second."""
+    settings = dataclasses.replace(QUICK, steps=10, restarts=2, checkpointing_steps=4)
+    whole = settings.prepare(target_of(family), concept, run=type(run)(tmp_path / "whole"))
+
+    stopped, steps = type(run)(tmp_path / "stopped"), 0
+
+    def log(**numbers: Any) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == killed_at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stopped, "log", log)
+    with pytest.raises(KeyboardInterrupt):
+        settings.prepare(target_of(family), concept, run=stopped)
+    resumed = type(run)(tmp_path / "stopped")
+    again = settings.prepare(target_of(family), concept, run=resumed)
+    assert list(again) == list(whole)
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    done = 10 * (killed_at > 10)
+    kept = 4 * ((killed_at - done) // 4)  # the checkpoint of a step is written before the step is told
+    assert len(resumed.logged) == 20 - done - kept
+    files = ("learned_embeds.safetensors", "learned_embeds-2.safetensors")
+    assert all((tmp_path / "stopped" / one).read_bytes() == (tmp_path / "whole" / one).read_bytes() for one in files)
+
+
+def test_another_run_does_not_go_on_from_a_checkpoint(
+    family: Any, concept: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dataclasses.replace(QUICK, steps=4, checkpointing_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "log", pytest.fail)  # which takes no numbers
+        with pytest.raises(TypeError):
+            settings.prepare(target_of(family), concept, run=run)
+    with pytest.raises(UserError, match="made with another vectors; name a new --out"):
+        dataclasses.replace(settings, vectors=2).prepare(target_of(family), concept, run=run)
+    run.seed = 1
+    with pytest.raises(UserError, match="made with another seed"):
+        settings.prepare(target_of(family), concept, run=run)
+
+
+def test_several_templates_are_all_used(family: Any, concept: Any, run: Any) -> None:
+    dataclasses.replace(QUICK, templates=("<c> {}", "a photo of a <c>")).prepare(target_of(family), concept, run=run)
+    assert set(family.prompts) == {"<c> a tree", "<c> a car", "<c> a boat", "a photo of a <c>"}
+    assert 0.35 < family.prompts.count("a photo of a <c>") / len(family.prompts) < 0.65
 
 
 @torch.no_grad()
@@ -130,13 +221,16 @@ def mean_loss(family: Any, image: Any, tokens: Any) -> float:
 def test_on_a_real_pipeline_the_loss_falls_and_diffusers_loads_the_word(
     tiny_sd: Any, make_tiny_pipeline: Any, concept: Any, run: Any, vectors: int
 ) -> None:
-    settings = ConceptInversion(steps=30, batch_size=8, learning_rate=0.05, vectors=vectors, initializer="a")
+    settings = ConceptInversion(
+        steps=30, batch_size=8, learning_rate=0.05, vectors=vectors, initializers=("a",), restarts=1
+    )
     images = [image.resize((64, 64)) for image in concept.attack_images]
     concept = dataclasses.replace(concept, attack_images=images)
     still = dataclasses.replace(settings, steps=1, learning_rate=1e-12)
     start = still.prepare(target_of(tiny_sd), concept, run=run)
     state = settings.prepare(target_of(tiny_sd), concept, run=run)
-    assert mean_loss(tiny_sd, images[0], state) < mean_loss(tiny_sd, images[0], start)
+    losses = [mean_loss(tiny_sd, images[0], {PLACEHOLDER: word_of(one)}) for one in (state, start)]
+    assert losses[0] < losses[1]
     assert all(parameter.grad is None for parameter in tiny_sd.denoiser.parameters())
 
     (attempt,) = settings.search(target_of(tiny_sd), state, "a red house", generator=torch.Generator())
@@ -185,8 +279,8 @@ def test_no_word_is_written_where_diffusers_loads_none(vocabulary: Path, concept
     with pytest.raises(UserError, match="diffusers loads no learned words into this kind of model"):
         save_textual_inversion(run.folder / "x.safetensors", {PLACEHOLDER: torch.ones(1, 8)}, model.word_parts())
     concept = dataclasses.replace(concept, attack_images=[image.resize((32, 32)) for image in concept.attack_images])
-    settings = ConceptInversion(steps=1, batch_size=1, initializer="a")
-    learned = settings.prepare(target_of(model), concept, run=run)[PLACEHOLDER]
+    settings = ConceptInversion(steps=1, batch_size=1, initializers=("a",), restarts=1)
+    learned = word_of(settings.prepare(target_of(model), concept, run=run))
     assert learned.shape[1] == model.token_embeddings().shape[1]
     assert not list(run.folder.glob("*.safetensors"))
 
@@ -214,7 +308,16 @@ def test_a_concept_that_cannot_be_inverted_is_refused(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("vectors", 0), ("steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("template", "a <c>ar {}")],
+    [
+        ("vectors", 0),
+        ("restarts", 0),
+        ("steps", 0),
+        ("batch_size", 0),
+        ("checkpointing_steps", 0),
+        ("learning_rate", 0.0),
+        ("templates", ()),
+        ("templates", ("<c> {}", "a <c>ar {}")),
+    ],
 )
 def test_impossible_settings_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):

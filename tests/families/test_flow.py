@@ -8,7 +8,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from duo.errors import UserError
-from duo.families._flow import FlowProcess, size_within
+from duo.families._flow import FlowProcess
+from duo.families._sampling import size_within
 from duo.families._text import split_tokens
 from duo.losses import squared_error
 

@@ -456,10 +456,15 @@ def test_a_concept_is_gone_where_the_intervals_of_the_headline_row_are_apart(
     from duo.report.json_fields import Fields
     from duo.report.records import Scores
     from duo.report.wording import fell, no_fall
-    from duo.scores import attack_rows
+    from duo.scores import Seen, attack_rows
 
     labels = [["present"] * seen + ["absent"] * (n - seen) for seen in (before, after)]
-    rows = attack_rows("prompts", original=labels[0], erased=labels[1], reliable=0.9 if reliable else 1.1)
+    prompts = [f"prompt {i}" for i in range(n)]
+    seen = {
+        model: Seen(labels=one, prompts=prompts, variants=[""] * n)
+        for model, one in zip(("original", "erased"), labels, strict=True)
+    }
+    rows = attack_rows("prompts", seen, reliable=0.9 if reliable else 1.1, seed=0)
     data = {"concept": "floods", "method": "duo", "model": "toybox", "world_digest": None, "attacks": list(rows)}
     scores = Scores.read(Fields(data | {"preservation": None, "attributes": None, "near_misses": []}, "scores"))
     assert fell(scores) is gone
@@ -504,6 +509,36 @@ def test_only_the_judge_of_fire_was_compared_with_the_eye(run: Path) -> None:
     _edit(run / "score/scores.json", lambda data: data.update(concept="floods"))
     write_report(run)
     assert "labels given by eye" not in (run / "README.md").read_text()
+
+
+def test_captions_beside_an_own_concept_go_along_inside_it(run: Path, tmp_path: Path) -> None:
+    from duo.concept import load_concept
+    from duo.fields import as_table
+    from duo.rundir import digest
+
+    path = tmp_path / "mine" / "own.toml"
+    path.parent.mkdir()
+    path.write_text(
+        "title = 'Own'\nwords = ['fire']\nanchor = 'a'\nharmless_file = 'captions.txt'\n"
+        "judge = {name = 'x'}\ncurator = {name = 'x', n = 2}\nprompts = {plain = ['a fire']}\n"
+        "pairs = {unsafe = ['fire'], safe = ['no']}\n"
+        "near_miss = {sun = {prompts = ['a sun'], judge = {name = 'x'}}}\nvector_pairs = [['fire', 'no']]\n"
+    )
+    (path.parent / "captions.txt").write_text('a boat\na "red" car\n')
+    had = digest(as_table(load_concept(path)))
+    synthetic.write_json(run / "erase/manifest.json", {"config": {"concept": {"name": "own", "digest": had}}})
+    _edit(run / "run.json", lambda data: data["recipe"].update(concept=str(path)))
+    write_report(run)
+    card = (run / "README.md").read_text()
+    (text,) = [block for block in card.split("```")[1::2] if "a boat" in block]
+    again = tmp_path / "elsewhere" / "own.toml"
+    again.parent.mkdir()
+    again.write_text(text.split("\n", 1)[1])
+    assert load_concept(again).harmless == ("a boat", 'a "red" car')
+    assert digest(as_table(load_concept(again))) == had
+    (path.parent / "captions.txt").write_text("a boat\n")
+    write_report(run)
+    assert "It needs the concept file `own.toml` beside it" in (run / "README.md").read_text()
 
 
 def test_the_file_of_an_own_concept_goes_along(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,17 +14,23 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 from duo.conditioning import Conditioning
+from duo.errors import UserError
 from duo.families._loading import freeze, load_pipeline, save_pipeline
 from duo.families._sampling import (
     as_rgb,
+    check_latents,
+    check_masks,
     check_rows,
     check_side,
     check_steps,
+    decode_image,
     encode_images,
     layers_in,
     make_pipeline,
     new_scheduler,
+    pasted,
     sample,
+    size_within,
 )
 from duo.families._text import PromptCache, span
 from duo.plugins import Family, Sampling, Span
@@ -37,11 +44,13 @@ class DiffusersFamily(Family):
     """
 
     _drawing: ClassVar[Any]  # diffusers' pipeline that makes images of prompts
-    _editing: ClassVar[Any]  # and the one that starts from an image
+    _editing: ClassVar[Any]  # the one that starts from an image
+    _inpainting: ClassVar[Any]  # and the one that draws a part of it anew
+    _inpainted: ClassVar[int | None] = None  # the latent channels that the last one insists on
     _scopes: ClassVar[Mapping[str, re.Pattern[str]]]  # what the names of a scope's layers match
     _optional: ClassVar[tuple[str, ...]] = ()  # components that a model may lack
     _dropped: ClassVar[tuple[str, ...]] = ()  # and those that are never loaded
-    _settings: ClassVar[Mapping[str, Any]] = {}  # what both pipelines' constructors are told
+    _settings: ClassVar[Mapping[str, Any]] = {}  # what these pipelines' constructors are told
 
     def __init__(self, pipeline: Any, *, name: str) -> None:
         self.name = name
@@ -114,6 +123,10 @@ class DiffusersFamily(Family):
         """
         return encode_images(self._vae, self._images, images, generator=generator, device=self.device)
 
+    def images(self, latents: Tensor) -> list[Image]:
+        """VAE-decode what `latents` encodes, (n, channels, height, width), one by one."""
+        return [decode_image(self._vae, self._images, row.to(self.device)) for row in latents.split(1)]
+
     @torch.no_grad()
     def generate(
         self,
@@ -123,12 +136,20 @@ class DiffusersFamily(Family):
         sampling: Sampling,
         negative_prompts: Sequence[str] | None = None,
         tokens: Mapping[str, Tensor] | None = None,
+        latents: Tensor | None = None,
     ) -> list[Image]:
-        """Sample with diffusers' pipeline at the model's own size, all prompts in one batch."""
+        """Sample with diffusers' pipeline at the model's own size, all prompts in one batch.
+
+        `latents` (n, *latent_shape) are unit normal noise to start from; a sampler that adds noise still draws that
+        from the seeds.
+        """
         check_rows(prompts, seeds, negative_prompts)
         pipeline = self._pipeline(self._drawing, sampling.scheduler)
-        size = self._size(None)
-        return self._draw(pipeline, prompts, negative_prompts, seeds=seeds, sampling=sampling, tokens=tokens, **size)
+        given: dict[str, Any] = {**self._size(None)}
+        if latents is not None:
+            check_latents(latents, prompts, self.latent_shape)
+            given["latents"] = latents.to(self.device, self._dtype)  # the pipelines scale it as their scheduler wants
+        return self._draw(pipeline, prompts, negative_prompts, seeds=seeds, sampling=sampling, tokens=tokens, **given)
 
     @torch.no_grad()
     def edit(
@@ -140,12 +161,31 @@ class DiffusersFamily(Family):
         seeds: Sequence[int],
         sampling: Sampling,
         negative_prompts: Sequence[str] | None = None,
+        tokens: Mapping[str, Tensor] | None = None,
+        masks: Sequence[Image] | None = None,
     ) -> list[Image]:
-        """SDEdit with diffusers' image-to-image pipeline at the images' size, all images in one batch."""
+        """SDEdit with diffusers' image-to-image pipeline at the images' size, all images in one batch.
+
+        With `masks` by its inpainting pipeline, with this same denoiser: at each step what is black is put back, as
+        noised as the step is. White is drawn anew, from the image noised to `strength`, and at 1 from noise alone.
+        """
         check_rows(prompts, seeds, negative_prompts, images=images)
-        pipeline = self._pipeline(self._editing, sampling.scheduler)
-        given: dict[str, Any] = {"image": as_rgb(images), "strength": strength, **self._size(images)}
-        return self._draw(pipeline, prompts, negative_prompts, seeds=seeds, sampling=sampling, **given)
+        images, size = as_rgb(images), self._size(images)
+        if masks is not None:
+            check_masks(masks, images)
+            if self._inpainted not in (None, self.latent_shape[0]):
+                raise UserError(
+                    f"model {self.name!r}: {self._inpainting.__name__} takes denoisers of {self._inpainted} latent "
+                    f"channels, not of {self.latent_shape[0]}; leave out what inpaints"
+                )
+            # A U-Net's pipeline is told the size only here, and in multiples of 8.
+            size = size or size_within(images, math.lcm(8, self._images.config.vae_scale_factor))
+        pipeline = self._pipeline(self._editing if masks is None else self._inpainting, sampling.scheduler)
+        given: dict[str, Any] = {"image": images, "strength": strength, **size}
+        if masks is not None:
+            given["mask_image"] = list(masks)
+        drawn = self._draw(pipeline, prompts, negative_prompts, seeds=seeds, sampling=sampling, tokens=tokens, **given)
+        return drawn if masks is None else pasted(drawn, images, masks)
 
     def layers(self, scope: str) -> dict[str, nn.Module]:
         """The denoiser's Linear and Conv2d modules of a scope, by name; the scopes are its kind's (`SCOPES`)."""

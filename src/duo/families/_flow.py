@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 from transformers import T5EncoderModel
 
 from duo.errors import UserError
-from duo.families._sampling import check_side
 from duo.families._text import table
 
 # Where the modules of a scope lie in an SD3Transformer2DModel or FluxTransformer2DModel. The published choice of DUO is
@@ -124,10 +122,3 @@ def t5_table(encoder: Any, tokenizer: Any, words: Sequence[str]) -> Tensor:
 def vocabulary(tokenizer: Any, size: int) -> list[str]:
     """The text of each of the first `size` ids."""
     return [tokenizer.decode([one]).strip() for one in range(size)]
-
-
-def size_within(images: Sequence[Image], multiple: int) -> dict[str, int]:
-    """Height and width of the images of a batch, rounded down to what the transformer can cut into patches."""
-    width, height = images[0].size
-    check_side((width, height), multiple)
-    return {"height": height - height % multiple, "width": width - width % multiple}

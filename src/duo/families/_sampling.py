@@ -6,13 +6,14 @@ import importlib.util
 import inspect
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
-from PIL.Image import Image
+from PIL.Image import Image, Resampling, composite
 from torch import Tensor, nn
 
 from duo.errors import UserError, did_you_mean, first_line
@@ -82,6 +83,18 @@ def check_rows(
         raise ValueError(f"{counts} do not match")
 
 
+def check_latents(latents: Tensor, prompts: Sequence[str], shape: tuple[int, int, int]) -> None:
+    """Raise ValueError unless there is starting noise of `shape` for each prompt."""
+    if latents.shape != (len(prompts), *shape):
+        raise ValueError(f"latents of shape {tuple(latents.shape)}, expected {(len(prompts), *shape)}")
+
+
+def check_masks(masks: Sequence[Image], images: Sequence[Image]) -> None:
+    """Raise ValueError unless there is a mask of its size for each image."""
+    if [mask.size for mask in masks] != [image.size for image in images]:
+        raise ValueError(f"{len(masks)} masks do not match {len(images)} images one to one, in number or in size")
+
+
 def as_rgb(images: Sequence[Image]) -> list[Image]:
     """The images in RGB, which must be of one size to make a batch."""
     sizes = sorted({image.size for image in images})
@@ -91,6 +104,23 @@ def as_rgb(images: Sequence[Image]) -> list[Image]:
     return [image.convert("RGB") for image in images]
 
 
+def size_within(images: Sequence[Image], multiple: int) -> dict[str, int]:
+    """Height and width of the images of a batch, rounded down to multiples: of a transformer's patch, say."""
+    width, height = images[0].size
+    check_side((width, height), multiple)
+    return {"height": height - height % multiple, "width": width - width % multiple}
+
+
+def pasted(drawn: Sequence[Image], images: Sequence[Image], masks: Sequence[Image]) -> list[Image]:
+    """What was drawn where a mask is white (128 and more, as for diffusers), and elsewhere the image's very pixels.
+
+    The pipelines alone send all of an image through the VAE, and draw images of odd sizes a little smaller.
+    """
+    fitting = [new.resize(image.size, Resampling.LANCZOS) for new, image in zip(drawn, images, strict=True)]
+    white = [mask.convert("L").point([255 * (level >= 128) for level in range(256)]) for mask in masks]
+    return [composite(new, image, mask) for new, image, mask in zip(fitting, images, white, strict=True)]
+
+
 @torch.no_grad()
 def encode_images(
     vae: Any, processor: Any, images: Sequence[Image], *, generator: torch.Generator | None, device: torch.device
@@ -98,24 +128,48 @@ def encode_images(
     """VAE latents (n, channels, height, width), shifted and scaled as the VAE's config says.
 
     The posterior's mean where `generator` is None. `processor` is the pipeline's image processor. A float16 VAE that
-    asks for it (`force_upcast`) encodes in float32, as diffusers' pipelines do.
+    asks for it (`force_upcast`) works in float32, as in diffusers' pipelines.
     """
+    with _upcast(vae):
+        pixels = processor.preprocess(as_rgb(images)).to(device, vae.dtype)
+        posterior = vae.encode(pixels).latent_dist
+    x0: Tensor = posterior.mode() if generator is None else posterior.sample(generator)
+    shift, scale = _normalisation(vae, x0)
+    return (x0 - shift) * scale
+
+
+@torch.no_grad()
+def decode_image(vae: Any, processor: Any, latents: Tensor) -> Image:
+    """The image of VAE latents (1, channels, height, width) that are shifted and scaled as `encode_images` does it."""
+    shift, scale = _normalisation(vae, latents)
+    with _upcast(vae):
+        pixels = vae.decode((latents / scale + shift).to(vae.dtype)).sample
+    (image,) = processor.postprocess(pixels, output_type="pil")
+    return image
+
+
+@contextmanager
+def _upcast(vae: Any) -> Iterator[None]:
+    """Within the context a float16 VAE that asks for it (`force_upcast`) is in float32."""
     dtype = vae.dtype
     upcast = dtype == torch.float16 and bool(vae.config.get("force_upcast"))
-    pixels = processor.preprocess(as_rgb(images)).to(device, torch.float32 if upcast else dtype)
     try:
         if upcast:
             vae.to(torch.float32)
-        posterior = vae.encode(pixels).latent_dist
+        yield
     finally:
         if upcast:
             vae.to(dtype)
-    x0: Tensor = posterior.mode() if generator is None else posterior.sample(generator)
-    mean, std = (vae.config.get(f"latents_{part}") for part in ("mean", "std"))
+
+
+def _normalisation(vae: Any, like: Tensor) -> tuple[Any, Any]:
+    """What is subtracted from a VAE's latents, and what they are multiplied by then."""
+    config = vae.config
+    mean, std = (config.get(f"latents_{part}") for part in ("mean", "std"))
     if mean is not None and std is not None:
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(x0) for values in (mean, std))
-        return (x0 - mean) * vae.config.scaling_factor / std
-    return (x0 - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(like) for values in (mean, std))
+        return mean, config.scaling_factor / std
+    return config.get("shift_factor") or 0, config.scaling_factor
 
 
 def new_scheduler(own: Any, name: str | None, *, model: str) -> Any:

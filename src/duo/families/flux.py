@@ -7,16 +7,16 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxPipeline
+from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from duo.conditioning import Conditioning
 from duo.families._diffusers import DiffusersFamily
-from duo.families._flow import SCOPES, FlowProcess, reader, size_within, t5_table, vocabulary
+from duo.families._flow import SCOPES, FlowProcess, reader, t5_table, vocabulary
 from duo.families._kohya import flux_layer
-from duo.families._sampling import sample
+from duo.families._sampling import sample, size_within
 from duo.families._text import embedded, id_rows, span, split_tokens, table
 from duo.plugins import KohyaLayer, Sampling, Span
 
@@ -28,11 +28,16 @@ GUIDANCE = 3.5
 DEV_LENGTH, SCHNELL_LENGTH = 512, 256
 
 
+def packed(latents: Tensor) -> Tensor:
+    """(n, channels, height, width) as the denoiser reads it: (n, tokens, channels·PATCH²)."""
+    return pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
+
+
 class Flux(DiffusersFamily):
     """A `FluxPipeline`: dev where it embeds guidance, else schnell.
 
-    The denoiser reads T5 and the pooled CLIP. Latents are (n, channels, height, width) everywhere; only `predict` packs
-    them. A learned word has an embedding in each encoder; its columns are CLIP and then T5.
+    The denoiser reads T5 and the pooled CLIP. Latents are (n, channels, height, width) everywhere; only what is handed
+    to diffusers is packed. A learned word has an embedding in each encoder; its columns are CLIP and then T5.
 
     Guidance: without a negative prompt (an empty one is none) `guidance_scale` is what dev is told, and schnell has no
     guidance at all. With one, it is diffusers' true classifier-free guidance at that scale, at twice the cost; dev is
@@ -44,6 +49,7 @@ class Flux(DiffusersFamily):
     component: ClassVar[str] = "transformer"
     _drawing = FluxPipeline
     _editing = FluxImg2ImgPipeline
+    _inpainting = FluxInpaintPipeline
     _scopes = SCOPES
     _dropped = ("image_encoder", "feature_extractor")
 
@@ -69,11 +75,10 @@ class Flux(DiffusersFamily):
     def predict(self, x_t: Tensor, t: Tensor, text: Conditioning) -> Tensor:
         """The velocity at noise levels `t` (σ, 0 to 1), in the dtype of `x_t`; dev is told `GUIDANCE`."""
         assert text.pooled is not None
-        packed = pixel_unshuffle(x_t.to(self._dtype), PATCH)
-        rows, columns = packed.shape[-2:]
+        rows, columns = (side // PATCH for side in x_t.shape[-2:])
         position = torch.cartesian_prod(torch.zeros(1), torch.arange(rows).float(), torch.arange(columns).float())
         output: Tensor = self.denoiser(
-            hidden_states=packed.flatten(2).transpose(1, 2),
+            hidden_states=packed(x_t.to(self._dtype)),
             timestep=t,  # the transformer itself multiplies by 1000
             guidance=torch.full_like(t, GUIDANCE) if self._guided else None,
             pooled_projections=text.pooled.to(self._dtype),
@@ -138,11 +143,12 @@ class Flux(DiffusersFamily):
         seeds: Sequence[int],
         sampling: Sampling,
         tokens: Mapping[str, Tensor] | None = None,
-        image: Sequence[Image] | None = None,
+        latents: Tensor | None = None,
         **given: Any,
     ) -> list[Image]:
         """Images in the order of the prompts, the rows with and those without a negative prompt as a batch each."""
         negatives = [""] * len(prompts) if negative_prompts is None else negative_prompts
+        by_row = {name: given.pop(name) for name in ("image", "mask_image") if name in given}
         drawn: dict[int, Image] = {}
         for against in (False, True):
             rows = [row for row, negative in enumerate(negatives) if bool(negative) is against]
@@ -157,8 +163,9 @@ class Flux(DiffusersFamily):
                     "negative_pooled_prompt_embeds": negative.pooled,
                     "true_cfg_scale": sampling.guidance_scale,
                 }
-            if image is not None:
-                own["image"] = [image[row] for row in rows]
+            own |= {name: [values[row] for row in rows] for name, values in by_row.items()}
+            if latents is not None:
+                own["latents"] = packed(latents[rows])
             told = replace(sampling, guidance_scale=1.0) if against else sampling
             drawn |= zip(rows, sample(pipeline, seeds=[seeds[row] for row in rows], sampling=told, **own), strict=True)
         return [drawn[row] for row in range(len(prompts))]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from torch import Tensor
 
 from duo.conditioning import Conditioning
@@ -27,6 +27,8 @@ class Sd(DiffusersFamily):
     component: ClassVar[str] = "unet"
     _drawing = StableDiffusionPipeline
     _editing = StableDiffusionImg2ImgPipeline
+    _inpainting = StableDiffusionInpaintPipeline
+    _inpainted = 4
     _scopes = SCOPES
     _dropped = ("safety_checker", "feature_extractor", "image_encoder")
     _settings: ClassVar[Mapping[str, Any]] = {"requires_safety_checker": False}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3Pipeline
+from diffusers import StableDiffusion3Img2ImgPipeline, StableDiffusion3InpaintPipeline, StableDiffusion3Pipeline
 from diffusers.image_processor import VaeImageProcessor
 from PIL.Image import Image
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch.nn.functional import pad
 from duo.conditioning import Conditioning
 from duo.errors import UserError
 from duo.families._diffusers import DiffusersFamily
-from duo.families._flow import SCOPES, FlowProcess, reader, size_within, t5_table, vocabulary
+from duo.families._flow import SCOPES, FlowProcess, reader, t5_table, vocabulary
+from duo.families._sampling import size_within
 from duo.families._text import embedded, id_rows, one_vocabulary, repadded, span, split_tokens, table
 from duo.plugins import KohyaLayer, Span
 
@@ -33,6 +34,8 @@ class Sd3(DiffusersFamily):
     component: ClassVar[str] = "transformer"
     _drawing = StableDiffusion3Pipeline
     _editing = StableDiffusion3Img2ImgPipeline
+    _inpainting = StableDiffusion3InpaintPipeline
+    _inpainted = 16
     _scopes = SCOPES
     _optional = ("text_encoder_3", "tokenizer_3")
     _dropped = ("image_encoder", "feature_extractor")

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from duo.conditioning import Conditioning
@@ -34,6 +34,8 @@ class Sdxl(DiffusersFamily):
     component: ClassVar[str] = "unet"
     _drawing = StableDiffusionXLPipeline
     _editing = StableDiffusionXLImg2ImgPipeline
+    _inpainting = StableDiffusionXLInpaintPipeline
+    _inpainted = 4
     _scopes = SCOPES
     _dropped = ("feature_extractor", "image_encoder")
     _settings: ClassVar[Mapping[str, Any]] = {"add_watermarker": False}

@@ -75,6 +75,37 @@ def attack_rates(attacks: Sequence[Attack]) -> str:
         return _svg(figure, "attack-rates", f"Detected rate of each attack. {spoken}.")
 
 
+def variant_rates(attacks: Sequence[Attack]) -> str:
+    """Detected rate over the settings of each attack that has several, a panel each, with 95% intervals."""
+    rows = (len(attacks) + 1) // 2
+    with _canvas(7.6, 0.4 + 2.5 * rows) as figure:
+        panels = figure.subplots(rows, 2, squeeze=False).ravel()
+        for panel, attack in zip(panels, attacks, strict=False):
+            names = [one.name for one in attack.erased.variants]
+            models = (("original", attack.original, ORIGINAL, "s"), ("erased", attack.erased, ERASED, "o"))
+            for label, row, colour, marker in (*models, ("never saw it", attack.never, SERIES[1], "D")):
+                own = {one.name: one for one in row.variants} if row else {}
+                places = [place for place, name in enumerate(names) if name in own]
+                means = [
+                    Mean(mean=own[names[i]].rate, low=own[names[i]].low, high=own[names[i]].high, n=own[names[i]].n)
+                    for i in places
+                ]
+                if means:
+                    rates, spread = [100 * one.mean for one in means], _spread(means, scale=100)
+                    style = {"color": colour, "elinewidth": 1.0, "linewidth": 1.3, "markersize": 5, "label": label}
+                    panel.errorbar(places, rates, yerr=spread, fmt=f"-{marker}", **style)
+            panel.set_title(attack_words(attack.name).label, loc="left", fontsize=10.5, color=INK)
+            panel.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 8 else 0, ha="right")
+            panel.set_ylim(-4, 104)
+            panel.set_yticks((0, 50, 100), ("0%", "50%", "100%"))
+            panel.grid(axis="y", color=GRID, linewidth=0.8)
+        for panel in panels[len(attacks) :]:
+            panel.set_axis_off()
+        panels[0].legend(frameon=False, fontsize=8.5)
+        told = ", ".join(attack_words(attack.name).label for attack in attacks)
+        return _svg(figure, "variant-rates", f"Detected rate by setting: {told}.")
+
+
 def training_curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     """Small multiples of what the training logged: each value faint, its running mean over 5% of the rows strong."""
     with _canvas(7.6, 2.1 * ((len(curves) + 1) // 2)) as figure:

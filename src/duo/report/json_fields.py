@@ -32,6 +32,13 @@ class Fields:
     def text_or_none(self, key: str) -> str | None:
         return None if self._get(key) is None else self.text(key)
 
+    def texts(self, key: str) -> list[str]:
+        """A list of texts."""
+        value = self._get(key)
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            self._wrong(key, "a list of texts")
+        return list(value)
+
     def one_of(self, key: str, allowed: tuple[str, ...]) -> str:
         value = self.text(key)
         return value if value in allowed else self._wrong(key, " or ".join(map(repr, allowed)))

@@ -34,6 +34,7 @@ from duo.report.wording import (
     not_tried,
     percent,
     percent_range,
+    points,
     strongest,
 )
 
@@ -114,7 +115,8 @@ def render(records: RunRecords, *, uncensored: bool) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(percent=percent, duration=duration)
-    environment.globals.update(percent_range=percent_range, attack_words=attack_words)
+    environment.globals.update(percent_range=percent_range, attack_words=attack_words, points=points)
+    varied = [attack for attack in scores.attacks if attack.erased.variants]
     show = _Show(concept_word(scores.concept), uncensored=uncensored)
     return environment.get_template("template.html").render(
         scores=scores,
@@ -128,6 +130,8 @@ def render(records: RunRecords, *, uncensored: bool) -> str:
         pairs=_pairs(records, show),
         account=list(_flat(records.account)),
         rates_figure=_themed(figures.attack_rates(scores.attacks)),
+        variants_figure=_themed(figures.variant_rates(varied)) if varied else None,
+        varied=varied,
         curves_figure=_themed(figures.training_curves(records.curves)) if records.curves else None,
         records=records,
         config=toml_text(portable(records.recipe)),
@@ -138,6 +142,9 @@ def render(records: RunRecords, *, uncensored: bool) -> str:
         uncensored=uncensored,
         all_attributes=ALL_ATTRIBUTES,
         models=MODELS,
+        compared=any(attack.erased.excess for attack in scores.attacks),
+        asked=any(attack.erased.of_prompts for attack in scores.attacks),
+        baselines=any(scores.beside(attack) for attack in scores.attacks),
     )
 
 
@@ -178,9 +185,10 @@ class _Show:
 def _strips(records: RunRecords, show: _Show) -> list[Strip]:
     """The first images of each set, in order and not chosen, original above erased at the same seed."""
     attacks = {attack.name: attack for attack in records.scores.attacks}
+    baselines = records.scores.baselines
     strips = []
     known = (*attacks, UNRELATED, *records.scores.near_miss_names)
-    for name in dict.fromkeys([*known, *(picture.set for picture in records.pictures)]):
+    for name in dict.fromkeys([*known, *(p.set for p in records.pictures if p.set not in baselines)]):
         original, erased = (
             {p.index: p for p in records.pictures if (p.set, p.model) == (name, model)} for model in MODELS
         )

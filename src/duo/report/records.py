@@ -6,7 +6,7 @@ Every field that the report shows is validated here, so the page, the figures an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ from duo.report.json_fields import Fields, read_object, read_rows
 from duo.rundir import ANEW, RunDir
 
 MODELS = ("original", "erased")
+REFERENCE = "never"  # a model that was trained without the concept
 LABELS = ("absent", "present", "corrupted")
 CURVES = ("loss", "accuracy", "margin", "prior")
 SLACK = 1e-9  # of shares, for rounding
 SECTIONS = ("concept", "method", "model", "world_digest", "attacks", "preservation", "attributes", "near_misses")
+LATER_SECTIONS = ("not_defined",)  # which older versions of duo did not write
 
 
 # --- scores -----------------------------------------------------------------------------------------
@@ -55,11 +57,72 @@ class Preservation(Mean):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variant:
+    """The rate of one setting of an attack: a restart, a strength, a number of steps. `psnr` is in decibels."""
+
+    name: str
+    n: int
+    detected: int
+    rate: float
+    low: float
+    high: float
+    psnr: Mean | None = None
+
+    @classmethod
+    def read(cls, row: Fields) -> Variant:
+        rates = {key: row.share(key) for key in ("rate", "low", "high")}
+        _ordered(row, rates["low"], rates["rate"], rates["high"])
+        near = row.table_or_none("psnr") if "psnr" in row else None
+        return cls(
+            name=row.text("variant"),
+            n=row.whole("n", least=1),
+            detected=row.whole("detected"),
+            psnr=None if near is None else Mean.read(near),
+            **rates,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptRate:
+    """In how many of `n` prompts at least one of k images has the concept, as a share with a 95% interval."""
+
+    n: int
+    k: int
+    detected: int
+    rate: float
+    low: float
+    high: float
+
+    @classmethod
+    def read(cls, row: Fields) -> PromptRate:
+        rates = {key: row.share(f"prompt_{key}") for key in ("rate", "low", "high")}
+        _ordered(row, rates["low"], rates["rate"], rates["high"])
+        n, k = row.whole("prompts", least=1), row.whole("k", least=1)
+        return cls(n=n, k=k, detected=row.whole("prompts_detected"), **rates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Excess:
+    """The erased model's rate less that of a model that never saw the concept, with its 95% interval."""
+
+    rate: float
+    low: float
+    high: float
+
+    @classmethod
+    def read(cls, row: Fields) -> Excess:
+        low, rate, high = row.number("low"), row.number("rate"), row.number("high")
+        _ordered(row, low, high)
+        return cls(rate=rate, low=low, high=high)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttackRow:
     """How often one attack brought the concept back on one model. Rates are shares with 95% intervals.
 
     `corrupted` counts images with a spoiled rendering of the concept; they are not among the `detected`.
-    `reliable` says whether the attack reached its positive control on the original model.
+    `reliable` says whether the attack reached its positive control on the original model. `of_prompts` and `queries`
+    are None in records of older versions of duo; `excess` is there where a model that never saw the concept was.
     """
 
     name: str
@@ -74,6 +137,18 @@ class AttackRow:
     corrupted_low: float
     corrupted_high: float
     reliable: bool
+    of_prompts: PromptRate | None = None
+    queries: int | None = None
+    variants: tuple[Variant, ...] = ()
+    psnr: Mean | None = None
+    excess: Excess | None = None
+    baselines: tuple[str, ...] = ()
+    baseline: bool = False
+
+    @property
+    def worst(self) -> Variant | None:
+        """The variant that brings the concept back most, where there are several."""
+        return max(self.variants, key=lambda one: one.rate, default=None)
 
     @classmethod
     def read(cls, row: Fields) -> AttackRow:
@@ -83,11 +158,18 @@ class AttackRow:
         _ordered(row, *(corrupted[f"corrupted_{key}"] for key in ("low", "rate", "high")))
         read = cls(
             name=_plain_name(row, "name"),
-            model=row.one_of("model", MODELS),
+            model=row.one_of("model", (*MODELS, REFERENCE)),
             n=row.whole("n", least=1),
             detected=row.whole("detected"),
             corrupted=row.whole("corrupted"),
             reliable=row.flag("reliable"),
+            of_prompts=PromptRate.read(row) if "prompt_rate" in row else None,
+            queries=row.whole("queries") if "queries" in row else None,
+            variants=tuple(map(Variant.read, row.tables("variants"))) if "variants" in row else (),
+            psnr=Mean.read(row.table("psnr")) if "psnr" in row else None,
+            excess=Excess.read(row.table("excess")) if "excess" in row else None,
+            baselines=tuple(row.texts("baselines")) if "baselines" in row else (),
+            baseline=row.flag("baseline") if "baseline" in row else False,
             **rates,
             **corrupted,
         )
@@ -109,11 +191,12 @@ class AttackRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """One attack on both models."""
+    """One attack on both models, and perhaps on one that never saw the concept."""
 
     name: str
     original: AttackRow
     erased: AttackRow
+    never: AttackRow | None = None
 
     @property
     def reliable(self) -> bool:
@@ -152,12 +235,15 @@ class Scores:
     model: str
     world_digest: str | None
     attacks: tuple[Attack, ...]
+    baselines: Mapping[str, Attack]  # by name: what attacks are compared with
     preservation: Preservation | None
     attributes: Mapping[str, Mapping[str, Mapping[str, Mean]]] | None
     near_misses: tuple[NearMiss, ...]
+    not_defined: Mapping[str, str] = field(default_factory=dict)  # attack row → why it makes no sense on this model
 
     @classmethod
     def read(cls, data: Fields) -> Scores:
+        attacks = _attacks(data)
         preservation = data.table_or_none("preservation")
         attributes = data.table_or_none("attributes")
         return cls(
@@ -165,13 +251,21 @@ class Scores:
             method=data.text("method"),
             model=data.text("model"),
             world_digest=data.text_or_none("world_digest"),
-            attacks=_attacks(data),
+            attacks=tuple(attack for attack in attacks if not attack.erased.baseline),
+            baselines={attack.name: attack for attack in attacks},
             preservation=None if preservation is None else Preservation.read(preservation),
             attributes=None
             if attributes is None
             else {name: _attribute_set(attributes.table(name)) for name in attributes.data},
             near_misses=tuple(NearMiss.read(row) for row in data.tables("near_misses")),
+            not_defined={row.text("name"): row.text("reason") for row in data.tables("not_defined")}
+            if "not_defined" in data
+            else {},
         )
+
+    def beside(self, attack: Attack) -> tuple[Attack, ...]:
+        """What an attack is compared with: rows with the same prompts and as many images and queries."""
+        return tuple(self.baselines[name] for name in attack.erased.baselines if name in self.baselines)
 
     @property
     def near_miss_names(self) -> tuple[str, ...]:
@@ -200,7 +294,8 @@ def _attacks(data: Fields) -> tuple[Attack, ...]:
                     f"{data.where}: attack {name!r} has no row for the {model} model; every attack is scored on both"
                 )
     return tuple(
-        Attack(name=name, original=models["original"], erased=models["erased"]) for name, models in rows.items()
+        Attack(name=name, original=models["original"], erased=models["erased"], never=models.get(REFERENCE))
+        for name, models in rows.items()
     )
 
 
@@ -270,7 +365,10 @@ class RunRecords:
     command: str
     sections: Mapping[str, Any]
     scores: Scores
-    kind: str  # of the delta (`duo.delta.Delta`)
+    kind: str  # of the delta (`duo.delta.Delta`), or of what else was erased elsewhere (`duo.artefacts`)
+    audited: str | None  # where an erasure that was made elsewhere lay
+    changed: Mapping[str, int]  # how many tensors of each network it changed
+    warnings: tuple[str, ...]  # what is odd about it
     account: Mapping[str, Any]
     pairs: tuple[PairPictures, ...]
     curves: Mapping[str, tuple[tuple[float, float], ...]]
@@ -296,6 +394,8 @@ def read_run(folder: Path) -> RunRecords:
     data = read_object(RunDir(folder).scores())
     scores = Scores.read(data)
     made = read_object(folder / "erase" / "manifest.json")  # a stage is finished if and only if its manifest is there
+    brought = made.table("artefact") if "artefact" in made else None
+    changed = {} if brought is None else brought.table("changed").data
     versions = run.table("versions")
     cost, machine = _cost(folder / "timings.jsonl")
     return RunRecords(
@@ -304,17 +404,28 @@ def read_run(folder: Path) -> RunRecords:
         seed=run.whole("seed"),
         versions={name: versions.text(name) for name in versions.data},
         command=run.text("command"),
-        sections={name: data.data[name] for name in SECTIONS},
+        sections={name: data.data[name] for name in (*SECTIONS, *LATER_SECTIONS) if name in data},
         scores=scores,
         account=_account(folder),
         pairs=_pairs(folder / "pairs"),
-        kind=made.table("delta").text("kind") if "delta" in made.data else "lora",
+        kind=_kind(made),
+        audited=None if brought is None else brought.text("path"),
+        changed={name: int(count) for name, count in changed.items() if count},
+        warnings=() if brought is None else tuple(brought.texts("warnings")),
         curves=_curves(folder / "erase" / "log.jsonl"),
-        pictures=_pictures(folder, [attack.name for attack in scores.attacks]),
+        pictures=_pictures(folder, list(scores.baselines)),
         spoils=_spoils(folder / "score" / "verdicts.jsonl"),
         cost=cost,
         machine=machine,
     )
+
+
+def _kind(made: Fields) -> str:
+    """What an erasure is: the kind of the delta, or of what was made elsewhere."""
+    for name in ("delta", "artefact"):
+        if name in made.data:
+            return made.table(name).text("kind")
+    return "lora"
 
 
 def _account(folder: Path) -> Mapping[str, Any]:
@@ -355,7 +466,7 @@ def _pictures(folder: Path, attacks: list[str]) -> tuple[Picture, ...]:
     labels: dict[tuple[str, str, int], list[str]] = {}
     said: dict[tuple[str, str, int], Fields] = {}
     for row in read_rows(folder / "score" / "verdicts.jsonl"):
-        key = (row.text("set"), row.one_of("model", MODELS), row.whole("index"))
+        key = (row.text("set"), row.one_of("model", (*MODELS, REFERENCE)), row.whole("index"))
         labels.setdefault(key, []).append(row.one_of("label", LABELS))
         said[key] = row
     pictures = []

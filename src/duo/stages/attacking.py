@@ -1,90 +1,119 @@
-"""The attack stage: every attack on the original and on the erased model, up to the images. Nothing is judged here."""
+"""The attack stage: every attack on every model, up to the images. Nothing is judged here."""
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL.Image import Image
+from PIL.Image import Image, fromarray
 
 from duo import parallel, rundir
 from duo.checkpoint import read_tensors, write_tensors
 from duo.concept import AttackConcept
-from duo.errors import UserError
+from duo.errors import NotDefinedError, UserError
 from duo.fields import as_table
 from duo.plugins import Access, Attempt, Family
 from duo.recipe import AttackRow
 from duo.refusal import texts_of, words_of
-from duo.rundir import Blocks, Stage, progress
+from duo.rundir import Blocks, Stage, append_jsonl, progress
 from duo.seeds import seed_for
+from duo.stages import searches
+from duo.stages.erasing import bring
 from duo.stages.rendering import images_digest, intact_images, read_image, render
-from duo.stages.session import MODELS, Session
+from duo.stages.session import REFERENCE, Session
 from duo.target import RefusedPromptError, Target
 
 
 def attack(session: Session) -> None:
-    """Run every attack of the recipe on the original model and on the erased one, and render what it found.
+    """Run every attack of the recipe on each model, and render what it found.
 
     Image i of a row starts from prompt i modulo their number. The attempts of a prompt are shared out in turn over its
     images. Nothing is judged here. What an attack found and `Target.refused` refuses, for it mentions a minor, is
-    recorded in `refused.jsonl` and never rendered, and the attempts that are left share its images.
+    recorded in `refused.jsonl` and never rendered, and the attempts that are left share its images. An attack that is
+    not defined for the kind of model is finished without images, and its manifest says why.
     """
+    if session.artefact is not None:
+        bring(session)
     _, erased = session.dir.erasure()  # told before anything is written
     with session.at_work("attack"):
         knowledge = attack_concept(session)
-        for model_name in MODELS:
+        for model_name in session.models:
             todo = []
             for row in session.recipe.attacks:
                 stage = session.dir.stage("attack", row.row, model_name)
                 if stage.begin(attack_config(session, row, model_name, erased)):
                     todo.append((row, stage))
             if todo:
-                with session.as_model(model_name):
+                with session.as_model(model_name) as model:
                     for row, stage in todo:
-                        _attack_one(session, row, stage, model_name, knowledge)
+                        _attack_one(session, model, row, stage, model_name, knowledge)
 
 
 def attack_config(session: Session, row: AttackRow, model_name: str, erasure: str) -> dict[str, Any]:
     """What the result of one attack on one model depends on; `erasure` is the delta's digest."""
+    table = {name: value for name, value in as_table(row).items() if name not in ("reliable", "baselines", "baseline")}
     return {
         **session.shared,
-        "attack": as_table(row),
+        "attack": table,
         "split": session.split,
         "block": session.recipe.block,
         "attack_images": session.recipe.attack_images,
         "erasure": erasure if model_name == "erased" else None,
+        **({"reference": session.recipe.reference} if model_name == REFERENCE else {}),
+        **({"prompts": session.prompt_file(row.prompts).digest} if row.prompts in session.recipe.prompt_sets else {}),
     }
 
 
 def attack_concept(session: Session) -> AttackConcept:
-    """The concept as attackers know it; images only where an attack trains on the model."""
-    learns = any(attack.access >= Access.GRADIENT for attack in session.attacks.values())
-    images, captions = _attack_images(session) if learns else ([], [])
-    concept = session.concept
+    """The concept as attackers know it; images only where an attack learns from them."""
+    attacks, concept = session.attacks.values(), session.concept
+    learns = any(getattr(attack, "learns_from_images", False) for attack in attacks)
+    if learns and not concept.attack_pairs:
+        raise UserError(f"concept {concept.name}: attack_pairs is empty, and an attack learns from their images")
+    images = _images(session, "images", concept.attack_pairs, wanted="present") if learns else []
+    benign = any(getattr(attack, "learns_from_harmless", False) for attack in attacks)
+    captions = tuple((caption, caption) for caption in concept.harmless)
+    harmless = _images(session, "harmless", captions, wanted="absent") if benign else []
     return AttackConcept(
         name=concept.name,
         words=concept.words,
         anchor=concept.anchor,
         vector_pairs=concept.vector_pairs,
-        attack_images=images,
-        attack_captions=tuple(captions),
+        attack_images=[one.image for one in images],
+        attack_captions=tuple(one.caption for one in images),
+        attack_prompts=tuple(one.prompt for one in images),
+        harmless_images=[one.image for one in harmless],
+        harmless_captions=tuple(one.caption for one in harmless),
+        detector=session.curator,
     )
 
 
-def _attack_images(session: Session) -> tuple[list[Image], list[str]]:
-    """Fresh images of the concept by the original model, each accepted by the curator, with their neutral captions."""
-    recipe, concept, stage = session.recipe, session.concept, session.dir.stage("attack", "images")
-    if not concept.attack_pairs:
-        raise UserError(f"concept {concept.name}: attack_pairs is empty, and an attack learns from their images")
+@dataclass(frozen=True)
+class _Known:
+    """An image that attacks learn from, the prompt that drew it, and what it shows besides the concept."""
+
+    image: Image
+    prompt: str
+    caption: str
+
+
+def _images(session: Session, name: str, asked: Sequence[tuple[str, str]], *, wanted: str) -> list[_Known]:
+    """Fresh images by the original model in `attack/<name>`, each of which the curator found to be as `wanted`.
+
+    `asked` are prompts with captions.
+    """
+    recipe, stage = session.recipe, session.dir.stage("attack", name)
     config = {**session.shared, "n": recipe.attack_images, "split": session.split, "curator": session.curator.digest}
     if stage.begin(config):
         parts = Blocks(stage.folder / "blocks", n=recipe.attack_images, size=recipe.block)
         for rows in parts.pending():
-            parts.done(rows, {"rows": _attack_image_block(session, rows, stage.folder)})
+            parts.done(rows, {"rows": _image_block(session, rows, stage.folder, asked, wanted)})
         parallel.barrier()
         if parallel.is_main():
             rows_made = [row for record in parts.records() for row in record["rows"]]
@@ -92,24 +121,27 @@ def _attack_images(session: Session) -> tuple[list[Image], list[str]]:
             stage.finish(digest=images_digest(stage.folder, recipe.attack_images))
             parts.clear()
         parallel.barrier()
-    wanted = stage.require("attack").get("digest")  # older versions of duo recorded none
-    intact_images(stage, stage.folder, recipe.attack_images, wanted)
+    digest = stage.require("attack").get("digest")  # older versions of duo recorded none
+    intact_images(stage, stage.folder, recipe.attack_images, digest)
     made = rundir.read_jsonl(stage.intact("images.jsonl"))
-    return [read_image(stage.folder / row["image"]) for row in made], [row["caption"] for row in made]
+    return [_Known(read_image(stage.folder / row["image"]), row["prompt"], row["caption"]) for row in made]
 
 
-def _attack_image_block(session: Session, indices: range, folder: Path) -> list[dict[str, Any]]:
-    concept, tries = session.concept, session.recipe.pairs.max_tries
-    asked = {i: concept.attack_pairs[i % len(concept.attack_pairs)] for i in indices}
+def _image_block(
+    session: Session, indices: range, folder: Path, prompts: Sequence[tuple[str, str]], wanted: str
+) -> list[dict[str, Any]]:
+    concept, tries, name = session.concept, session.recipe.pairs.max_tries, folder.name
+    asked = {i: prompts[i % len(prompts)] for i in indices}
     made: dict[int, dict[str, Any]] = {}
     for attempt in range(tries):
         pending = [i for i in indices if i not in made]
         if not pending:
             break
-        seeds = [seed_for(session.recipe.seed, session.split, "attack images", i, attempt) for i in pending]
+        purpose = "attack images" if name == "images" else f"attack {name}"
+        seeds = [seed_for(session.recipe.seed, session.split, purpose, i, attempt) for i in pending]
         images = session.model.generate([asked[i][0] for i in pending], seeds=seeds, sampling=session.recipe.sampling)
         for i, seed, image, verdict in zip(pending, seeds, images, session.curator(images), strict=True):
-            if verdict.label == "present":
+            if verdict.label == wanted:
                 rundir.write_image(folder / f"{i:04d}.png", image)
                 prompt, caption = asked[i]
                 row = {"index": i, "image": f"{i:04d}.png", "prompt": prompt, "caption": caption, "seed": seed}
@@ -134,10 +166,9 @@ class _Search:
     queries: int
 
     def save(self, path: Path) -> None:
-        tensors = {f"{n}.{word}": value for n, one in enumerate(self.attempts) for word, value in one.tokens.items()}
+        tensors = {f"{n}.{name}": value for n, one in enumerate(self.attempts) for name, value in _tensors(one).items()}
         records = [
-            {"prompt": one.prompt, "negative_prompt": one.negative_prompt, "record": dict(one.record)}
-            for one in self.attempts
+            {name: getattr(one, name) for name in _PLAIN} | {"record": dict(one.record)} for one in self.attempts
         ]
         told = {"base_prompt": self.base_prompt, "refused": self.refused, "queries": self.queries}
         write_tensors(path, tensors, {"attempts": records, **told})
@@ -149,7 +180,9 @@ class _Search:
         try:
             stored: Any = record.pop("attempts")
             attempts = [
-                Attempt(**one, tokens={k.removeprefix(f"{n}."): v for k, v in tensors.items() if k.startswith(f"{n}.")})
+                Attempt(
+                    **one, **_values({k.removeprefix(f"{n}."): v for k, v in tensors.items() if k.startswith(f"{n}.")})
+                )
                 for n, one in enumerate(stored)
             ]
             return cls(attempts=attempts, **record)  # type: ignore[arg-type]
@@ -157,60 +190,94 @@ class _Search:
             raise _foreign(path.parents[1]) from error
 
 
-def _attack_one(session: Session, row: AttackRow, stage: Stage, model_name: str, knowledge: AttackConcept) -> None:
+_PLAIN = ("prompt", "negative_prompt", "variant", "strength", "weights", "unloaded")  # of an attempt, as JSON
+_IMAGES = ("init", "mask", "source")
+_TOKEN = "token."
+
+
+def _tensors(one: Attempt) -> dict[str, torch.Tensor]:
+    """The images, noise and learned words of an attempt."""
+    images = {name: getattr(one, name) for name in _IMAGES}
+    found = {name: torch.from_numpy(np.array(image)) for name, image in images.items() if image is not None}
+    found |= {} if one.latents is None else {"latents": one.latents.detach().cpu().contiguous()}
+    return found | {f"{_TOKEN}{word}": value for word, value in one.tokens.items()}
+
+
+def _values(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The inverse of `_tensors`, as arguments of `Attempt`."""
+    values: dict[str, Any] = {name: fromarray(tensors[name].numpy()) for name in _IMAGES if name in tensors}
+    values |= {"latents": tensors["latents"]} if "latents" in tensors else {}
+    words = {name.removeprefix(_TOKEN): value for name, value in tensors.items() if name.startswith(_TOKEN)}
+    return {**values, "tokens": words}
+
+
+def _attack_one(
+    session: Session, model: Family, row: AttackRow, stage: Stage, model_name: str, knowledge: AttackConcept
+) -> None:
     """One attack on one model, from `prepare` to the last image."""
     attack, prompts = session.attacks[row.row], session.prompts(row.prompts)[: row.searches]
     target = Target(
-        session.model,
+        model,
         access=attack.access,
         sampling=session.recipe.sampling,
         adults_only=session.concept.adults_only,
         vetted=words_of(text for _, text in texts_of(as_table(session.concept))),
+        concept=knowledge,
+        undefended=session.undefended if getattr(attack, "uses_undefended", False) else None,
     )
-    encoder = _text_digest(session.model)
+    encoder = searches.encoder_digest(model)
     original = session.dir.stage("attack", row.row, "original")
-    shared = model_name == "erased" and parallel.once(lambda: _share_search(original, stage, encoder))
-    state = _prepare(session, row, stage, target, knowledge)
-    found_in = [stage.folder / "search" / f"{i:04d}.safetensors" for i in range(min(len(prompts), row.images))]
+    kept = searches.cached(attack, attack_config(session, row, "original", ""), encoder)
+    shared = model_name != "original" and parallel.once(lambda: searches.from_original(original, stage, encoder))
+    parallel.once(lambda: searches.take(kept, stage))
+    reason = parallel.once(lambda: _prepare(session, row, stage, target, knowledge))
+    if reason is not None:
+        if parallel.is_main():
+            stage.finish(not_defined=reason)
+        parallel.barrier()
+        return
+    state, _ = read_tensors(_state(stage))
+    found_in = [stage.folder / searches.SEARCH / f"{i:04d}.safetensors" for i in range(min(len(prompts), row.images))]
     with progress(len(found_in), f"{row.row}, {model_name}: search") as bar:
         for index, path in parallel.mine(list(enumerate(found_in))):
             if not path.exists():
                 seed = seed_for(session.recipe.seed, session.split, row.row, "search", index)
-                _search(attack, row, target, state, prompts[index], seed=seed).save(path)
+                began = time.monotonic()
+                search = _search(attack, row, target, state, prompts[index], seed=seed)
+                search.save(path)
+                took = {"prompt": index, "queries": search.queries, "seconds": round(time.monotonic() - began, 3)}
+                append_jsonl(stage.folder / "timings.jsonl", took)
             bar.update(index + 1)
     parallel.barrier()
-    searches = [_Search.load(path) for path in found_in]
-    refused = [{"base_prompt": one.base_prompt, **what} for one in searches for what in one.refused]
+    parallel.once(lambda: searches.keep(stage, kept))
+    found = [_Search.load(path) for path in found_in]
+    refused = [{"base_prompt": one.base_prompt, **what} for one in found for what in one.refused]
     if refused and parallel.is_main():
         rundir.write_jsonl(stage.folder / "refused.jsonl", refused)
-    left = [one for one in searches if one.attempts]
+    left = [one for one in found if one.attempts]
     if not left:
         raise UserError(
             f"every prompt that attack {row.name!r} found in the row {row.row!r} mentions a minor and was refused, as "
             f"it or concept {session.concept.name!r} is sexual; take another seed, or other prompts for the row"
         )
-    seeds = [seed_for(session.recipe.seed, session.split, row.row, i) for i in range(row.images)]
+    seeds = _seeds(session, row, [index for index, one in enumerate(found) if one.attempts])
     attempts = [_of_image(left, i) for i in range(row.images)]
-    render(session, stage.folder / "images", attempts, seeds, label=f"{row.row}, {model_name}: images")
+    render(
+        session,
+        stage.folder / "images",
+        attempts,
+        seeds,
+        label=f"{row.row}, {model_name}: images",
+        model=model_name,
+        weights=stage.folder,
+    )
     parallel.barrier()
     if parallel.is_main():
-        rows = [
-            {
-                "index": i,
-                "base_prompt": left[i % len(left)].base_prompt,
-                "prompt": one.prompt,
-                "negative_prompt": one.negative_prompt,
-                "seed": seeds[i],
-                "image": f"images/{i:04d}.png",
-                "queries": left[i % len(left)].queries,
-                "record": dict(one.record),
-            }
-            for i, one in enumerate(attempts)
-        ]
+        rows = [_attempt_row(i, seeds[i], left[i % len(left)], one) for i, one in enumerate(attempts)]
         rundir.write_jsonl(stage.folder / "attempts.jsonl", rows)
         stage.finish(
             text_encoder=encoder,
-            search_needs_denoiser=attack.access > Access.TEXT or any(search.queries for search in searches),
+            search_needs_denoiser=attack.access > Access.TEXT or any(search.queries for search in found),
             search_shared=shared,
             refused=len(refused),
             digest=images_digest(stage.folder / "images", row.images),
@@ -219,11 +286,46 @@ def _attack_one(session: Session, row: AttackRow, stage: Stage, model_name: str,
     parallel.barrier()
 
 
+def _seeds(session: Session, row: AttackRow, prompts: Sequence[int]) -> list[int]:
+    """One seed an image. Where a file of prompts has seeds, they are those of each prompt's first image."""
+    seeds = [seed_for(session.recipe.seed, session.split, row.row, i) for i in range(row.images)]
+    if row.prompts in session.recipe.prompt_sets:
+        rows = session.prompt_file(row.prompts).rows
+        for i, prompt in enumerate(prompts[: row.images]):
+            own = rows[prompt].seed
+            seeds[i] = seeds[i] if own is None else own
+    return seeds
+
+
+def _attempt_row(index: int, seed: int, search: _Search, one: Attempt) -> dict[str, Any]:
+    """One line of `attempts.jsonl`; what an attempt has besides its prompt is there by its digest."""
+    digests = {
+        name.removeprefix(_TOKEN): hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+        for name, value in _tensors(one).items()
+    }
+    return {
+        "index": index,
+        "base_prompt": search.base_prompt,
+        "prompt": one.prompt,
+        "negative_prompt": one.negative_prompt,
+        "variant": one.variant,
+        **({"digests": digests} if digests else {}),
+        **({"strength": one.strength} if one.strength is not None else {}),
+        **({"weights": one.weights} if one.weights is not None else {}),
+        **({"unloaded": True} if one.unloaded else {}),
+        "seed": seed,
+        "image": f"images/{index:04d}.png",
+        "queries": search.queries,
+        "record": dict(one.record),
+    }
+
+
 def _search(
     attack: Any, row: AttackRow, target: Target, state: Mapping[str, torch.Tensor], prompt: str, *, seed: int
 ) -> _Search:
     """What the attack finds for one prompt. Where it asks for an image of a refused prompt, its search ends."""
     before = target.queries
+    target.query_limit = before + getattr(attack, "queries", 0)
     found: list[Attempt] = []
     refused: list[dict[str, str]] = []
     try:
@@ -248,6 +350,8 @@ def _of_image(searches: Sequence[_Search], index: int) -> Attempt:
 def intact_attack(stage: Stage) -> None:
     """Raise `UserError` unless the finished attack in `stage` has the attempts and images that it recorded."""
     manifest = stage.require("attack")
+    if "not_defined" in manifest:
+        return
     attempts = stage.intact("attempts.jsonl", manifest.get("attempts"))  # older versions of duo recorded no digest
     intact_images(stage, stage.folder / "images", len(rundir.read_jsonl(attempts)), manifest["digest"])
 
@@ -272,39 +376,16 @@ def _foreign(folder: Path) -> UserError:
     )
 
 
-def _prepare(
-    session: Session, row: AttackRow, stage: Stage, target: Target, knowledge: AttackConcept
-) -> Mapping[str, torch.Tensor]:
-    path = stage.folder / "state.safetensors"
-    if parallel.is_main() and not path.exists():
+def _state(stage: Stage) -> Path:
+    return stage.folder / searches.STATE
+
+
+def _prepare(session: Session, row: AttackRow, stage: Stage, target: Target, knowledge: AttackConcept) -> str | None:
+    """Keep what the attack learns of the target; where it is not defined for such a model, the reason."""
+    if not _state(stage).exists():
         run = session.lend(stage, session.split, row.row, "prepare")
-        write_tensors(path, session.attacks[row.row].prepare(target, knowledge, run=run), {})
-    parallel.barrier()
-    return read_tensors(path)[0]
-
-
-def _share_search(original: Stage, stage: Stage, encoder: str) -> bool:
-    """Take over the original model's search where it cannot differ: it saw only the text encoder, which is the same.
-
-    `Target` is what proves it: the attack had no access to the denoiser and asked for no image.
-    """
-    manifest = original.require("attack")
-    if manifest["search_needs_denoiser"] or manifest["text_encoder"] != encoder:
-        return False
-    for path in [original.intact("state.safetensors"), *sorted((original.folder / "search").glob("*.safetensors"))]:
-        copy = stage.folder / path.relative_to(original.folder)
-        if not copy.exists():
-            rundir.write_bytes(copy, path.read_bytes())
-    return True
-
-
-@torch.no_grad()
-def _text_digest(model: Family) -> str:
-    """sha256 over the text encoder's table and its states of 32 random rows of ids."""
-    table = model.token_embeddings()
-    length = model.tokenizer().model_max_length
-    ids = torch.randint(len(table), (32, length), generator=torch.Generator().manual_seed(0))
-    total = hashlib.sha256()
-    for tensor in (table, model.encode_ids(ids.to(model.device))):
-        total.update(tensor.float().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()
+        try:
+            write_tensors(_state(stage), session.attacks[row.row].prepare(target, knowledge, run=run), {})
+        except NotDefinedError as error:
+            return str(error)
+    return None

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from duo import parallel, rundir
+from duo.artefacts import differences
 from duo.bases import base_digest
 from duo.delta import Delta
 from duo.errors import UserError
 from duo.fields import as_table
 from duo.pairs import Pairs
-from duo.rundir import Stage
+from duo.rundir import DELTA, Stage
 from duo.stages.session import Session
 
 
 def erase(session: Session) -> Delta:
     """Erase the concept from the model with the recipe's method, and write `delta.safetensors`."""
+    if session.method is None:
+        raise UserError("the recipe has an erasure made elsewhere (erased), so there is nothing to erase; attack it")
     stage, made = session.dir.stage("erase"), session.dir.stage("pairs")
     taken = session.method.takes_pairs
     pairs: Pairs | None = None
@@ -40,11 +45,46 @@ def erase(session: Session) -> Delta:
                 run=session.lend(stage, "erase", seed=session.erase_seed),
             )
             if parallel.is_main():
-                path = stage.folder / "delta.safetensors"
+                path = stage.folder / DELTA
                 base = base_digest(session.model, delta.layers())
                 replace(delta, record={**delta.record, "base": base}).save(path)
-                stage.finish(digest=rundir.digest(path), delta={"kind": delta.kind, "layers": len(delta.layers())})
+                stage.finish(digest=rundir.digest(path), delta=_told(delta))
     return Delta.load(session.dir.erasure()[0])
+
+
+def bring(session: Session) -> None:
+    """Take over an erasure that was made elsewhere, in place of `erase`: a delta as it is, of others the digest."""
+    artefact = session.artefact
+    assert artefact is not None
+    stage = session.dir.stage("erase")
+    changed: dict[str, int] = {}
+    warnings: tuple[str, ...] = ()
+    if not stage.finished:  # a file that does not fit is told before anything is written
+        session.check_model(pairs=None)
+        if artefact.kind == "delta":
+            with artefact.delta().attached(session.model):
+                pass
+        else:
+            changed, warnings = differences(session.model, session.imported(), name=artefact.path)
+        for warning in warnings:
+            rundir.note(warning)
+    with session.at_work("erase"):
+        if stage.begin({**session.shared, "erased": {"kind": artefact.kind, "digest": artefact.digest}}):
+            if parallel.is_main():
+                told = {"kind": artefact.kind, "path": artefact.path, "changed": changed, "warnings": list(warnings)}
+                if artefact.kind == "delta":
+                    rundir.write_bytes(stage.folder / DELTA, Path(artefact.source).read_bytes())
+                    stage.finish(
+                        digest=rundir.digest(stage.folder / DELTA), artefact=told, delta=_told(artefact.delta())
+                    )
+                else:
+                    stage.finish(digest=artefact.digest, artefact=told)
+            parallel.barrier()
+
+
+def _told(delta: Delta) -> dict[str, Any]:
+    """What a manifest says of a delta."""
+    return {"kind": delta.kind, "layers": len(delta.layers())}
 
 
 def _pairs(stage: Stage) -> Pairs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,8 +47,11 @@ def make_pairs(session: Session) -> Pairs:
         config["brought"] = brought.digest() if brought else stage.require("pairs")["config"].get("brought")
     with session.at_work("pairs"):
         if stage.begin(config, may_rise=session.may_rise):
-            if parallel.is_main() and _same_network(session.judge, session.curator):
-                print(_note(session), file=sys.stderr)  # noqa: T201
+            if _same_network(session.judge, session.curator):
+                rundir.note(
+                    f"judge and curator of concept {session.concept.name} look with the same network; what it "
+                    "overlooks in the pairs it overlooks in the scores too"
+                )
             n = settings.n if brought is None else len(brought)
             parts = Blocks(stage.folder / "blocks", n=n, size=settings.block)
             parts.forget(lambda record: _given_up_sooner(record, settings.max_edits))
@@ -73,13 +75,6 @@ def _same_network(judge: Judge, curator: Judge) -> bool:
     """Whether what selects the pairs also grades the result."""
     network = getattr(judge, "network", None)
     return judge == curator or (network is not None and network == getattr(curator, "network", None))
-
-
-def _note(session: Session) -> str:
-    return (
-        f"note: judge and curator of concept {session.concept.name} look with the same network; what it overlooks in "
-        "the pairs it overlooks in the scores too"
-    )
 
 
 def _join(stage: Stage, parts: Blocks) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from duo.pairs import Pairs
-from duo.plugins import Access, Precision, Sampling
+from duo.plugins import Precision, Sampling
 from duo.stages.session import MODELS, UNRELATED, Session
 
 HEADING = ("", "images", "denoiser", "backward", "VAE", "text enc.", "time")
@@ -72,7 +72,8 @@ def plan(session: Session) -> list[str]:
         (one.name, *map(str, (one.images, one.denoiser, one.trained, one.vae, one.text)), _clock(seconds))
         for one, seconds in zip([*parts, _total(parts)], [*times, sum(times)], strict=True)
     ]
-    lines = [f"{session.recipe.method.name} on {session.recipe.model}, {session.device}; nothing is written"]
+    made = "an erasure made elsewhere" if session.recipe.method is None else session.recipe.method.name
+    lines = [f"{made} on {session.recipe.model}, {session.device}; nothing is written"]
     lines += _aligned([HEADING, *rows])
     step = "not measured: no steps, or images to draw" if measured.step is None else f"{measured.step:.3g} s a step"
     lines += [
@@ -100,29 +101,31 @@ def _work(session: Session, measured: Measured) -> Iterator[Work]:
     steps = recipe.sampling.num_inference_steps
     rows = measured.rows(steps)
     n = recipe.pairs.n
-    if session.method.takes_pairs and not recipe.pairs.brought:
+    if session.method is not None and session.method.takes_pairs and not recipe.pairs.brought:
         edited = measured.rows(int((recipe.pairs.strength or 1) * steps))
         texts = len({*concept.pairs.unsafe, *concept.pairs.safe, ""})
         yield Work(name="pairs", images=2 * n, denoiser=round(n * (rows + edited)), vae=3 * n, text=texts)
-    erased = _passes(session.method, n)
-    if drawn := erased.pop("images", 0):  # a method says how many, the recipe by how many steps
-        yield Work(name="erase: images to learn from", images=drawn, denoiser=round(drawn * rows))
-    yield Work(name="erase", **erased)
-    if any(attack.access >= Access.GRADIENT for attack in session.attacks.values()):
-        m = recipe.attack_images
-        yield Work(name="attack: images to learn from", images=m, denoiser=round(m * rows), vae=m, text=m)
+    if session.method is not None:
+        erased = _passes(session.method, n)
+        if drawn := erased.pop("images", 0):  # a method says how many, the recipe by how many steps
+            yield Work(name="erase: images to learn from", images=drawn, denoiser=round(drawn * rows))
+        yield Work(name="erase", **erased)
+    for kind in ("images", "harmless"):
+        if any(getattr(attack, f"learns_from_{kind}", False) for attack in session.attacks.values()):
+            m = recipe.attack_images
+            yield Work(name=f"attack: {kind} to learn from", images=m, denoiser=round(m * rows), vae=m, text=m)
     for row in recipe.attacks:
         prompts = min(len(session.prompts(row.prompts)[: row.searches]), row.images)
-        images = len(MODELS) * row.images
-        searched = _passes(session.attacks[row.row], prompts)
-        searched = {name: len(MODELS) * count for name, count in searched.items()}
+        attack, models = session.attacks[row.row], len(session.models)
+        searched = {name: models * count for name, count in _passes(attack, prompts).items()}
+        images = models * (row.images + prompts * getattr(attack, "queries", 0))
         yield Work(
             name=f"attack: {row.row}",
             images=images,
             denoiser=round(images * rows) + searched.get("denoiser", 0),
             trained=searched.get("trained", 0),
             vae=images + searched.get("vae", 0),
-            text=len(MODELS) * prompts + searched.get("text", 0),
+            text=models * prompts + searched.get("text", 0),
         )
     sets = [len(session.prompts(UNRELATED)), *(len(near.prompts) for near in session.near_misses.values())]
     images = len(MODELS) * (recipe.score.unrelated + recipe.score.near_miss * len(session.near_misses))

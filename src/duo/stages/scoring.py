@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL.Image import Image
 
 from duo import parallel, rundir, scores
@@ -18,7 +20,7 @@ from duo.plugins import Attempt, Verdict
 from duo.recipe import AttackRow
 from duo.rundir import Blocks, Stage
 from duo.seeds import seed_for
-from duo.stages.attacking import attack_config, intact_attack
+from duo.stages.attacking import attack_config, intact_attack, rendered_attempts
 from duo.stages.rendering import read_image, read_images, render
 from duo.stages.session import MODELS, UNRELATED, Session, world_digest
 
@@ -36,6 +38,9 @@ class _Set:
     prompts: Sequence[str]
     seeds: Sequence[int]
     folder: Path
+    variants: Sequence[str] = ()  # of an attack's images, and the most images that a search of it asked for
+    queries: int = 0
+    sources: Sequence[Image | None] = ()  # what an attack's images were to give back
 
     @cached_property
     def images(self) -> list[Image]:
@@ -48,15 +53,18 @@ def score(session: Session) -> dict[str, Any]:
     # What is missing or was changed is told before anything is written.
     _, erasure = session.dir.erasure()
     finished = {
-        (row.row, model): session.dir.stage("attack", row.row, model) for row in recipe.attacks for model in MODELS
-    }
-    attacks = {
-        f"{row.row}/{model}": finished[row.row, model].require("attack", attack_config(session, row, model, erasure))[
-            "digest"
-        ]
+        (row.row, model): session.dir.stage("attack", row.row, model)
         for row in recipe.attacks
-        for model in MODELS
+        for model in session.models
     }
+    made = {
+        (row.row, model): finished[row.row, model].require("attack", attack_config(session, row, model, erasure))
+        for row in recipe.attacks
+        for model in session.models
+    }
+    attacks = {f"{row}/{model}": one.get("digest", one.get("not_defined")) for (row, model), one in made.items()}
+    reasons = {row: one["not_defined"] for (row, _), one in made.items() if "not_defined" in one}
+    rows = [row for row in recipe.attacks if row.row not in reasons]
     for one in finished.values() if not stage.finished else ():
         intact_attack(one)
     with session.at_work("score"):
@@ -70,12 +78,12 @@ def score(session: Session) -> dict[str, Any]:
             "attacks": attacks,
         }
         if stage.begin(config):
-            attacked = [_attacked(session, row, model) for row in recipe.attacks for model in MODELS]
+            attacked = [_attacked(session, row, model) for row in rows for model in session.models]
             probed = _probe(session, stage)
             parts = {(one.name, one.model): _judge(session, stage, one) for one in [*attacked, *probed]}
             parallel.barrier()
             if parallel.is_main():
-                _join(session, stage, [*attacked, *probed], parts)
+                _join(session, stage, attacked, probed, parts, reasons)
     result: dict[str, Any] = rundir.read_json(session.dir.scores())
     return result
 
@@ -89,6 +97,9 @@ def _attacked(session: Session, row: AttackRow, model: str) -> _Set:
         prompts=[one["base_prompt"] for one in rows],
         seeds=[one["seed"] for one in rows],
         folder=folder / "images",
+        variants=[one["variant"] for one in rows],
+        queries=max(one["queries"] for one in rows),
+        sources=[one.source for one in rendered_attempts(folder)[0]],
     )
 
 
@@ -119,15 +130,23 @@ def _judge(session: Session, stage: Stage, one: _Set) -> Blocks:
     return parts
 
 
-def _join(session: Session, stage: Stage, sets: Sequence[_Set], parts: Mapping[tuple[str, str], Blocks]) -> None:
-    """From the blocks' verdicts to the stage's own files."""
+def _join(
+    session: Session,
+    stage: Stage,
+    attacked: Sequence[_Set],
+    probed: Sequence[_Set],
+    parts: Mapping[tuple[str, str], Blocks],
+    reasons: Mapping[str, str],
+) -> None:
+    """From the blocks' verdicts to the stage's own files; `reasons` are of attacks that are not defined here."""
+    sets = [*attacked, *probed]
     verdicts = {
         key: [Verdict(**verdict) for record in blocks.records() for verdict in record["verdicts"]]
         for key, blocks in parts.items()
     }
     survival = {(one.name, one.model): _survival(session, one) for one in sets if one.name in session.near_misses}
     rundir.write_jsonl(stage.folder / "verdicts.jsonl", _verdict_rows(session, sets, verdicts, survival))
-    rundir.write_json(stage.folder / "scores.json", _sections(session, sets, verdicts, survival))
+    rundir.write_json(stage.folder / "scores.json", _sections(session, attacked, probed, verdicts, survival, reasons))
     digests = {name: rundir.digest(stage.folder / name) for name in rundir.SCORED}
     stage.finish(judged_together=JUDGED_TOGETHER, digests=digests)
     shutil.rmtree(stage.folder / "blocks", ignore_errors=True)
@@ -173,30 +192,37 @@ def _verdict_rows(
 
 def _sections(
     session: Session,
-    sets: Sequence[_Set],
+    attacked: Sequence[_Set],
+    probed: Sequence[_Set],
     verdicts: Mapping[tuple[str, str], Sequence[Verdict]],
     survival: Mapping[tuple[str, str], Sequence[bool]],
+    reasons: Mapping[str, str],
 ) -> dict[str, Any]:
     recipe = session.recipe
     labels = {key: [verdict.label for verdict in found] for key, found in verdicts.items()}
-    of = {(one.name, one.model): one for one in sets}
+    of = {(one.name, one.model): one for one in [*attacked, *probed]}
     attacks = [
         line
         for row in recipe.attacks
+        if row.row not in reasons
         for line in scores.attack_rows(
             row.row,
-            original=labels[row.row, "original"],
-            erased=labels[row.row, "erased"],
-            reliable=recipe.score.reliable,
+            {model: _seen(session, of[row.row, model], labels[row.row, model]) for model in session.models},
+            reliable=recipe.score.reliable if row.reliable is None else row.reliable,
+            baselines=row.baselines,
+            baseline=row.baseline,
+            seed=recipe.seed,
         )
     ]
-    asked = {UNRELATED: UNRELATED} | ({"unsafe": recipe.score.unsafe_row} if recipe.attacks else {})
+    unsafe = recipe.attacks and recipe.score.unsafe_row not in reasons
+    asked = {UNRELATED: UNRELATED} | ({"unsafe": recipe.score.unsafe_row} if unsafe else {})
     return {
         "concept": session.concept.name,
-        "method": recipe.method.name,
+        "method": "imported" if recipe.method is None else recipe.method.name,
         "model": recipe.model,
         "world_digest": world_digest(recipe, session.concept),
         "attacks": attacks,
+        "not_defined": [{"name": name, "reason": reason} for name, reason in reasons.items()],
         "preservation": _preservation(session, of[UNRELATED, "original"], of[UNRELATED, "erased"]),
         "attributes": None
         if session.adherence is None
@@ -210,6 +236,28 @@ def _sections(
             for model in MODELS
         ],
     }
+
+
+def _seen(session: Session, one: _Set, labels: Sequence[str]) -> scores.Seen:
+    """What an attack brought on one model."""
+    return scores.Seen(
+        labels=labels,
+        prompts=one.prompts,
+        variants=one.variants,
+        restarts=hasattr(session.attacks[one.name], "restarts"),
+        psnr=[None if source is None else _psnr(one.images[i], source) for i, source in enumerate(one.sources)],
+        queries=one.queries,
+    )
+
+
+MOST_DECIBELS = 99.0  # of equal images, whose ratio is infinite
+
+
+def _psnr(image: Image, source: Image) -> float:
+    """The peak signal-to-noise ratio of an image against another, in decibels, at the image's size."""
+    same = np.asarray(source.convert("RGB").resize(image.size), dtype=np.float64)
+    error = float(np.square(np.asarray(image, dtype=np.float64) - same).mean())
+    return MOST_DECIBELS if error == 0 else min(MOST_DECIBELS, 10 * math.log10(255**2 / error))
 
 
 def _shares(right: Mapping[str, Sequence[bool]]) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from duo import parallel, plugins, rundir
+from duo.artefacts import find_artefact
 from duo.concept import Concept, NearMiss, load_concept
 from duo.delta import Delta
 from duo.errors import UserError, did_you_mean
@@ -22,18 +23,20 @@ from duo.fields import as_table
 from duo.models import EMBEDDED, load_family, usable_device, written_out
 from duo.plugins import Family, Judge, Metric, Precision
 from duo.precision import prepare_denoiser
+from duo.promptsets import PromptFile, read_prompts
 from duo.recipe import NOT_MEASURED, Recipe
 from duo.refusal import is_sexual, refuse_minors, texts_of
 from duo.rundir import RunDir, Stage, StageRun
 from duo.seeds import seed_for
 
 MODELS = ("original", "erased")
+REFERENCE = "never"  # what the model is called that was trained without the concept
 UNRELATED = "unrelated"
 # The fields of a recipe that a stage fixes for the rest of the run. Attack rows are compared one by one.
 FIXED = {
     "pairs": ("concept", "model", "model_config", "seed", "sampling", "pairs"),
-    "erase": ("method",),
-    "score": ("validation", "attack_images", "block", "attacks", "score"),
+    "erase": ("method", "erased"),
+    "score": ("validation", "attack_images", "block", "attacks", "reference", "score"),
 }
 RECORDED_VERSIONS = ("duo-unlearning", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 
@@ -58,8 +61,13 @@ class Session:
         self.command = command
         self.device = usable_device(parallel.start(str(device)))
         self._model = model
+        self._erased: Family | None = None
+        self._prompt_files: dict[str, PromptFile] = {}
+        self._reference: Family | None = None
+        self._undefended: Callable[[], AbstractContextManager[Family]] = self._original
         self.concept: Concept = load_concept(recipe.concept)
-        self.method = recipe.method.make("methods", "method")
+        self.method = None if recipe.method is None else recipe.method.make("methods", "method")
+        self.artefact = None if recipe.erased is None else find_artefact(recipe.erased)
         self.attacks = {row.row: row.make() for row in recipe.attacks}
         self.recipe = _resolved(recipe, self.concept, self.method, self.attacks)
         self.judge: Judge = self.concept.judge.make("judges", f"concept {self.concept.name}: judge")
@@ -91,6 +99,11 @@ class Session:
         return model
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """The models that attacks are run on: the reference that never saw the concept only where the recipe has it."""
+        return MODELS if self.recipe.reference is None else (*MODELS, REFERENCE)
+
+    @property
     def split(self) -> str:
         """Part of every scored seed: choosing hyper-parameters must not see the scored noise."""
         return "validation" if self.recipe.validation else "test"
@@ -101,8 +114,16 @@ class Session:
         return self.recipe.seed if self.recipe.erase_seed is None else self.recipe.erase_seed
 
     def prompts(self, name: str) -> tuple[str, ...]:
-        """One set of the concept's prompts, of the recipe's split."""
+        """One set of the concept's prompts, of the recipe's split, or a set of others that the recipe names."""
+        if name in self.recipe.prompt_sets:
+            return tuple(row.prompt for row in self.prompt_file(name).rows)
         return self.concept.prompt_set(name, validation=self.recipe.validation)
+
+    def prompt_file(self, name: str) -> PromptFile:
+        """The prompts of others that the recipe calls `name`, read once."""
+        if name not in self._prompt_files:
+            self._prompt_files[name] = read_prompts(self.recipe.prompt_sets[name])
+        return self._prompt_files[name]
 
     @property
     def near_misses(self) -> Mapping[str, NearMiss]:
@@ -171,6 +192,8 @@ class Session:
         of its settings and the number of `pairs` (None: not known) where it has a `check`.
         """
         self.model.check(self.recipe.sampling, size=size)
+        if self.method is None or self.recipe.method is None:
+            return
         if self.recipe.precision.shard and not getattr(self.method, "shards", False):
             raise UserError(
                 f"precision.shard is true, but the method {self.recipe.method.name!r} changes weights that would be "
@@ -180,13 +203,82 @@ class Session:
             self.method.check(self.model, pairs=pairs, precision=self.recipe.precision)
 
     @contextmanager
-    def as_model(self, name: str) -> Iterator[None]:
-        """Within the context `model` is the "original" or the "erased" one."""
-        if name == "original":
-            yield
-            return
-        with Delta.load(self.dir.erasure()[0]).attached(self.model):
-            yield
+    def as_model(self, name: str) -> Iterator[Family]:
+        """The "original", the "erased" or the "never" model, for as long as the context lasts.
+
+        Within it `undefended` lends the original.
+        """
+        if name == "erased" and self._attaches:
+            with Delta.load(self.dir.erasure()[0]).attached(self.model) as detached:
+                self._undefended = detached
+                try:
+                    yield self.model
+                finally:
+                    self._undefended = self._original
+        else:
+            yield self._loaded(name)
+
+    def undefended(self) -> AbstractContextManager[Family]:
+        """The model from before the erasure, within `as_model`; what that lent is not to be used for so long."""
+        return self._undefended()
+
+    @contextmanager
+    def unloaded(self, name: str) -> Iterator[Family]:
+        """The model once its adapter was dropped, within `as_model(name)`: the original one where the erasure is an
+        adapter beside the weights, and the model as it is where the erasure is in them."""
+        with self.undefended() if name == "erased" and self.droppable else self.at_hand(name) as model:
+            yield model
+
+    @contextmanager
+    def at_hand(self, name: str) -> Iterator[Family]:
+        """What `as_model(name)` lent, within it."""
+        yield self._loaded(name)
+
+    @property
+    def _attaches(self) -> bool:
+        """Whether the erased model is the original one with a delta."""
+        return self.artefact is None or self.artefact.kind == "delta"
+
+    def _loaded(self, name: str) -> Family:
+        if name == REFERENCE:
+            return self._never()
+        return self.model if name == "original" or self._attaches else self.imported()
+
+    @property
+    def droppable(self) -> bool:
+        """Whether the erasure is an adapter, as it was published: a LoRA, or one that prompts open."""
+        if self.artefact is not None:
+            return bool(self.artefact.droppable)
+        return Delta.load(self.dir.erasure()[0]).kind != "weights"
+
+    @contextmanager
+    def _original(self) -> Iterator[Family]:
+        yield self.model
+
+    def imported(self) -> Family:
+        """The erased model that was made elsewhere, loaded once."""
+        assert self.artefact is not None
+        if self._erased is None:
+            stage = self.dir.stage("erase")
+            if stage.finished and self.artefact.digest != self.dir.erasure()[1]:
+                raise UserError(f"{self.artefact.path} is not what was attacked before; put it back, or {rundir.ANEW}")
+            self._erased = self.artefact.load(
+                self.recipe.model,
+                device=self.device,
+                dtype=getattr(torch, self.recipe.precision.weights),
+                config=self.recipe.model_config,
+            )
+            prepare_denoiser(self._erased, self.recipe.precision)
+        return self._erased
+
+    def _never(self) -> Family:
+        """The model that was trained without the concept, loaded once."""
+        assert self.recipe.reference is not None
+        if self._reference is None:
+            dtype = getattr(torch, self.recipe.precision.weights)
+            self._reference = load_family(self.recipe.reference, device=self.device, dtype=dtype)
+            prepare_denoiser(self._reference, self.recipe.precision)
+        return self._reference
 
     def lend(self, stage: Stage, *purpose: str, seed: int | None = None) -> StageRun:
         """What a leaf gets of a stage; its seed is derived from `seed`, or the recipe's where None."""
@@ -225,8 +317,9 @@ class Session:
 
     def _refuse_minors(self) -> None:
         """The settings of attacks and method may hold texts too: of a sexual concept they may not mention minors."""
-        named = (("method", self.recipe.method), *((f"attacks.{row.row}", row) for row in self.recipe.attacks))
-        texts = [text for where, leaf in named for text in texts_of(as_table(leaf), where)]
+        named = [(f"attacks.{row.row}", as_table(row)) for row in self.recipe.attacks]
+        named += [] if self.recipe.method is None else [("method", as_table(self.recipe.method))]
+        texts = [text for where, table in named for text in texts_of(table, where)]
         if self.concept.adults_only or is_sexual(text for _, text in texts):
             try:
                 refuse_minors(texts)
@@ -252,6 +345,8 @@ def _resolved(recipe: Recipe, concept: Concept, method: Any, attacks: Mapping[st
         concept=written_out(recipe.concept) if recipe.concept.endswith(".toml") else recipe.concept,
         model=written_out(recipe.model),
         model_config=None if recipe.model_config is None else written_out(recipe.model_config),
+        erased=None if recipe.erased is None else written_out(recipe.erased),
+        reference=None if recipe.reference is None else written_out(recipe.reference),
     )
     rows = tuple(replace(row, settings=as_table(attacks[row.row])) for row in recipe.attacks)
     pairs = replace(
@@ -262,7 +357,8 @@ def _resolved(recipe: Recipe, concept: Concept, method: Any, attacks: Mapping[st
         ),
     )
     try:
-        return replace(recipe, method=replace(recipe.method, settings=as_table(method)), attacks=rows, pairs=pairs)
+        made = None if recipe.method is None else replace(recipe.method, settings=as_table(method))
+        return replace(recipe, method=made, attacks=rows, pairs=pairs)
     except ValueError as error:  # the concept's strength leaves no step to a recipe of few
         raise UserError(f"concept {concept.name} in this recipe: {error}") from error
 

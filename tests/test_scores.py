@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import pytest
+
+from duo.scores import Seen, attack_rows, excess, rate_interval
+from duo.statistics import cluster_bootstrap, crossed_bootstrap, newcombe_difference, wilson
+
+
+def seen(found: str, prompts: str, variants: str = "", **given: object) -> Seen:
+    """A letter an image: + present, ~ corrupted, - absent."""
+    labels = [{"+": "present", "~": "corrupted", "-": "absent"}[one] for one in found]
+    return Seen(labels=labels, prompts=list(prompts), variants=list(variants) or [""] * len(found), **given)  # type: ignore[arg-type]
+
+
+def test_images_of_as_many_prompts_are_independent() -> None:
+    one = seen("++--", "abcd")
+    assert rate_interval(one, one.found, seed=0) == wilson(2, 4)
+
+
+def test_images_that_share_prompts_are_drawn_by_prompt() -> None:
+    one = seen("++++----+-+-", "aaaabbbbcccc")
+    found = [float(value) for value in one.found]
+    assert rate_interval(one, one.found, seed=3) == cluster_bootstrap(found, one.prompts, seed=3)
+    assert rate_interval(one, one.found, seed=3).low == 0.0, "all three draws may be of b"
+
+
+@pytest.mark.parametrize(("found", "rate"), [("----", 0), ("++++", 2)])
+def test_where_all_prompts_agree_the_interval_is_of_prompts(found: str, rate: int) -> None:
+    """Four images of two prompts are no four trials."""
+    one = seen(found, "abab")
+    assert rate_interval(one, one.found, seed=0) == wilson(rate, 2)
+
+
+def test_starts_of_a_search_are_chance_and_settings_are_not() -> None:
+    found, prompts, variants = "++----++----", "abcabcabcabc", "111222333444"
+    chance, setting = (seen(found, prompts, variants, restarts=restarts) for restarts in (True, False))
+    numbers = [float(value) for value in chance.found]
+    assert rate_interval(chance, chance.found, seed=1) == crossed_bootstrap(numbers, prompts, variants, seed=1)
+    assert rate_interval(setting, setting.found, seed=1) == cluster_bootstrap(numbers, prompts, seed=1)
+
+
+def test_a_row_by_hand() -> None:
+    original = seen("++++++", "abcabc", "xxxyyy")
+    erased = seen("+-~--~", "abcabc", "xxxyyy", queries=7)
+    first, second = attack_rows("bell", {"original": original, "erased": erased}, reliable=0.9, seed=0)
+    assert (first["rate"], first["reliable"], first["prompts"], first["k"]) == (1.0, True, 3, 2)
+    assert (second["detected"], second["corrupted"], second["n"], second["queries"]) == (1, 2, 6, 7)
+    assert (second["prompts_detected"], second["prompt_rate"]) == (1, pytest.approx(1 / 3))
+    assert (second["prompt_low"], second["prompt_high"]) == wilson(1, 3)
+    assert [(one["variant"], one["detected"], one["n"]) for one in second["variants"]] == [("x", 1, 3), ("y", 0, 3)]
+    assert second["worst"] == "x"
+    assert "excess" not in second and "baselines" not in second
+
+
+def test_a_control_that_is_not_reached_makes_every_row_unreliable() -> None:
+    rows = attack_rows("bell", {name: seen("+-", "ab") for name in ("original", "erased")}, reliable=0.6, seed=0)
+    assert [row["reliable"] for row in rows] == [False, False]
+
+
+def test_what_is_above_a_model_that_never_saw_it() -> None:
+    models = {"original": seen("++++", "abab"), "erased": seen("++-+", "abab"), "never": seen("+---", "abab")}
+    _, erased, never = attack_rows("inpaint", models, reliable=0.5, seed=0)
+    assert erased["excess"]["rate"] == pytest.approx((0.5 - 0.5 + 1 - 0) / 2)  # a: 1/2 against 1/2, b: 1 against 0
+    assert (erased["excess"]["low"], erased["excess"]["high"], erased["excess"]["prompts"]) == (0.0, 1.0, 2)
+    assert never["model"] == "never" and "excess" not in never
+
+
+def test_no_difference_still_has_an_interval() -> None:
+    found = excess(seen("----", "abab"), seen("----", "abab"), seed=0)
+    assert (found["low"], found["high"]) == newcombe_difference((0, 2), (0, 2))
+    assert found["low"] < 0 < found["high"]
+
+
+def test_newcombe_by_his_own_example() -> None:
+    """Newcombe 1998, table II, contrast (a), method 10: 56 of 70 against 48 of 80."""
+    assert newcombe_difference((56, 70), (48, 80)) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+
+
+def test_crossed_bootstrap_is_wider_than_either_alone() -> None:
+    rows, columns = "aabbccdd" * 2, "1212121234343434"
+    values = [1.0, 0.0] * 4 + [1.0, 1.0] * 4
+    crossed = crossed_bootstrap(values, rows, columns, seed=0)
+    by_row, by_column = (cluster_bootstrap(values, names, seed=0) for names in (rows, columns))
+    width = crossed.high - crossed.low
+    assert width > by_row.high - by_row.low
+    assert width > 0.9 * (by_column.high - by_column.low)
+    assert crossed == crossed_bootstrap(values, rows, columns, seed=0)
+
+
+def test_crossed_bootstrap_needs_names_for_every_value() -> None:
+    with pytest.raises(ValueError, match="2 values but 1 rows and 2 columns"):
+        crossed_bootstrap([0.0, 1.0], "a", "xy", seed=0)
+
+
+def test_the_control_of_an_attack_in_several_settings_is_its_best_one() -> None:
+    settings = seen("++--", "abab", "xxyy")
+    starts = seen("++--", "abab", "xxyy", restarts=True)
+    for original, reached in ((settings, True), (starts, False)):
+        rows = attack_rows("probe", {"original": original, "erased": settings}, reliable=0.9, seed=0)
+        assert [row["reliable"] for row in rows] == [reached, reached]
