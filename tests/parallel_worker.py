@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from duo import parallel, plugins
 from duo.errors import UserError
 from duo.plugins import Precision
-from test_stages import CONCEPT, LEAVES, RECIPE, ByPrompt
+from staged import CONCEPT, LEAVES, RECIPE, ByPrompt
 
 TRAINED = {"max_train_steps": 20, "train_batch_size": 4, "rank": 4, "learning_rate": 1e-3, "prior_weight": 10.0}
 
