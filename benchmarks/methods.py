@@ -410,6 +410,7 @@ def tune(out: Path, workers: int, only: list[str]) -> None:
         )
     for name in methods:
         print(json.dumps(chosen(log, name), sort_keys=True))
+    print(trials_table(log, methods))
 
 
 def measure(
@@ -446,6 +447,52 @@ def chosen(log: Path, name: str) -> dict[str, Any]:
         for first in best(log, name)
     ]
     return min(finalists, key=lambda row: row["objective"])
+
+
+def trials_table(log: Path, methods: list[str]) -> str:
+    """All trials as a Markdown table; the second objective is that of the second seed, and the chosen trial is bold."""
+    rows = list(read_jsonl(log, appended=True))
+    lines = [
+        "| method | trial | what differs from the first of its space | steps | core-seconds | detected | spoiled "
+        "| attributes, unrelated | preservation | objective | second seed |",
+        "|---" * 11 + "|",
+    ]
+    for name in methods:
+        own = {row["trial"]: row for row in rows if row["method"] == name and row["seed"] == SEED}
+        best_one = chosen(log, name)
+        again = {row["trial"]: row["objective"] for row in rows if row["method"] == name and row["seed"] != SEED}
+        for number, row in sorted(own.items()):
+            space, start = (SPACES, 0) if number < TRIALS["first"] else (PUBLISHED, TRIALS["first"])
+            first = space[name][0]
+            differs = {
+                key: row["config"].get(key) for key in space[name][1] if row["config"].get(key) != first.get(key)
+            }
+            said = ", ".join(f"`{key}` {_said(value)}" for key, value in differs.items() if key in row["config"])
+            if number == start:
+                said = "the first guess" if space is SPACES else "the published form"
+            bold = "**" if number == best_one["trial"] else ""
+            shares = [
+                f"{row[key]:.0%}" if key in row else "–" for key in ("detected", "corrupted", "unrelated_attributes")
+            ]
+            cells = [
+                name,
+                f"{bold}{number}{bold}",
+                said,
+                str(row["config"].get("max_train_steps", "–")),
+                f"{row.get('core_seconds', 0):.0f}",
+                *shares,
+                f"{row['preservation']:.3f}" if "preservation" in row else "–",
+                f"{row['objective']:.3f}",
+                f"{again[number]:.3f}" if number in again else "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_said, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 # --- the comparison ---------------------------------------------------------------------------------
