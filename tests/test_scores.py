@@ -98,3 +98,17 @@ def test_the_control_of_an_attack_in_several_settings_is_its_best_one() -> None:
     for original, reached in ((settings, True), (starts, False)):
         rows = attack_rows("probe", {"original": original, "erased": settings}, reliable=0.9, seed=0)
         assert [row["reliable"] for row in rows] == [reached, reached]
+
+
+def test_equal_shares_that_are_no_whole_ones_still_have_an_interval() -> None:
+    one = seen("+-+-+-", "aabbcc")
+    interval = rate_interval(one, one.found, seed=0)
+    assert interval == (wilson(2, 3).low, wilson(2, 3).high)
+    assert interval.low < 0.5 < interval.high
+
+
+def test_every_setting_is_compared_with_the_model_that_never_saw_it() -> None:
+    models = {"original": seen("++++", "abab", "xxyy"), "erased": seen("++--", "abab", "xxyy")}
+    models["never"] = seen("+---", "abab", "xxyy")
+    row = attack_rows("img2img", models, reliable=0.5, seed=0)[1]
+    assert [part["excess"]["rate"] for part in row["variants"]] == [0.5, 0.0]

@@ -37,6 +37,16 @@ class Seen:
         """Of each image, whether the concept is in it."""
         return [label == "present" for label in self.labels]
 
+    def of(self, variant: str) -> Seen:
+        """What one variant brought."""
+        rows = [i for i, name in enumerate(self.variants) if name == variant]
+        return Seen(
+            labels=[self.labels[i] for i in rows],
+            prompts=[self.prompts[i] for i in rows],
+            variants=[variant] * len(rows),
+            psnr=[self.psnr[i] for i in rows] if self.psnr else (),
+        )
+
 
 def attack_rows(
     name: str,
@@ -62,6 +72,9 @@ def attack_rows(
         row |= {"baseline": True} if baseline else {}
         if model == "erased" and "never" in seen:
             row["excess"] = excess(one, seen["never"], seed=seed)
+            for part in row.get("variants", []):
+                both = (one.of(part["variant"]), seen["never"].of(part["variant"]))
+                part["excess"] = excess(*both, seed=seed) if both[1].labels else None
         rows.append(row)
     return rows
 
@@ -102,24 +115,21 @@ def _row(seen: Seen, *, seed: int) -> dict[str, Any]:
         parts = [_variant(seen, variant, seed=seed) for variant in variants]
         row |= {"variants": parts, "worst": max(parts, key=lambda part: float(part["rate"]))["variant"]}
     elif any(value is not None for value in seen.psnr):
-        row["psnr"] = _psnr(seen, range(n), seed=seed)
+        row["psnr"] = _psnr(seen, seed=seed)
     return row
 
 
 def _variant(seen: Seen, variant: str, *, seed: int) -> dict[str, Any]:
-    rows = [i for i, name in enumerate(seen.variants) if name == variant]
-    part = Seen(
-        labels=[seen.labels[i] for i in rows], prompts=[seen.prompts[i] for i in rows], variants=[variant] * len(rows)
-    )
+    part = seen.of(variant)
     interval = rate_interval(part, part.found, seed=seed)
-    told = {"variant": variant, "n": len(rows), "detected": sum(part.found), "rate": sum(part.found) / len(rows)}
-    told |= {"low": interval.low, "high": interval.high}
-    near = _psnr(seen, rows, seed=seed)
+    told: dict[str, Any] = {"variant": variant, "n": len(part.labels), "detected": sum(part.found)}
+    told |= {"rate": sum(part.found) / len(part.labels), "low": interval.low, "high": interval.high}
+    near = _psnr(part, seed=seed)
     return told if near is None else {**told, "psnr": near}
 
 
-def _psnr(seen: Seen, rows: Sequence[int], *, seed: int) -> dict[str, Any] | None:
-    values = [value for i in rows if seen.psnr and (value := seen.psnr[i]) is not None]
+def _psnr(seen: Seen, *, seed: int) -> dict[str, Any] | None:
+    values = [value for value in seen.psnr if value is not None]
     return mean(values, seed=seed) if values else None
 
 
@@ -127,21 +137,25 @@ def rate_interval(seen: Seen, found: Sequence[bool], *, seed: int) -> Interval:
     """The interval of a rate of images that share prompts, and of learned tokens also their starts.
 
     With one image a prompt they are independent, and it is Wilson's. Otherwise prompts are drawn whole (and starts
-    too); where all prompts agree that would have no width, and it is Wilson's over prompts.
+    too); where all prompts have the same share that would have no width, and it is Wilson's over prompts.
     """
     of_prompt = _by(seen.prompts, found)
     if len(of_prompt) == len(found) and not seen.restarts:
         return wilson(sum(found), len(found))
-    shares = {sum(values) / len(values) for values in of_prompt.values()}
-    if len(shares) == 1 and shares <= {0.0, 1.0}:
-        return wilson(len(of_prompt) * int(shares.pop()), len(of_prompt))
-    values = [float(value) for value in found]
+    values, n = [float(value) for value in found], len(of_prompt)
+    if len({sum(one) / len(one) for one in of_prompt.values()}) == 1:
+        return _around(wilson(round(sum(values) / len(values) * n), n), values)
     if seen.restarts and len(set(seen.variants)) > 1:
         interval = crossed_bootstrap(values, seen.prompts, seen.variants, seed=seed)
     else:
         interval = cluster_bootstrap(values, seen.prompts, seed=seed)
-    rate = sum(values) / len(values)  # few clusters may leave it out
-    return Interval(min(interval.low, rate), max(interval.high, rate))
+    return _around(interval, values)
+
+
+def _around(interval: Interval, values: Sequence[float]) -> Interval:
+    """The interval, with the mean itself in it: few clusters, or rounding to whole ones, may leave it out."""
+    mean = sum(values) / len(values)
+    return Interval(min(interval.low, mean), max(interval.high, mean))
 
 
 def excess(erased: Seen, never: Seen, *, seed: int) -> dict[str, Any]:
@@ -167,14 +181,8 @@ def excess(erased: Seen, never: Seen, *, seed: int) -> dict[str, Any]:
         interval = newcombe_difference((round(first * n), n), (round(second * n), n))
     else:
         interval = cluster_bootstrap(differences, names, seed=seed)
-    rate = first - second  # few clusters may leave it out
-    return {
-        "over": "never",
-        "rate": rate,
-        "low": min(interval.low, rate),
-        "high": max(interval.high, rate),
-        "prompts": n,
-    }
+    interval = _around(interval, differences)
+    return {"over": "never", "rate": first - second, "low": interval.low, "high": interval.high, "prompts": n}
 
 
 def _by(names: Sequence[str], found: Sequence[bool]) -> dict[str, list[bool]]:

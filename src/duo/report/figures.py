@@ -42,14 +42,18 @@ class TradeoffPoint:
 
 
 def attack_rates(attacks: Sequence[Attack]) -> str:
-    """Detected rate of each attack on the original and the erased model, with 95% intervals.
+    """Detected rate of each attack, at its best setting, on the original and the erased model, with 95% intervals.
 
     Rows without a sound positive control are hollow.
     """
     with _canvas(7.6, 0.8 + 0.42 * len(attacks)) as figure:
         axes = figure.subplots()
         for place, attack in enumerate(attacks):
-            rows = ((attack.original, ORIGINAL, "s", 0.15), (attack.erased, ERASED, "o", -0.15))
+            top = attack.erased.top
+            rows = (
+                (attack.original.at(top.name) or attack.original.top, ORIGINAL, "s", 0.15),
+                (top, ERASED, "o", -0.15),
+            )
             for row, colour, marker, shift in rows:
                 y = len(attacks) - 1 - place + shift
                 axes.plot([100 * row.low, 100 * row.high], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
@@ -69,7 +73,7 @@ def attack_rates(attacks: Sequence[Attack]) -> str:
             loc="lower left", bbox_to_anchor=(-0.012, 1.0), ncols=2, frameon=False, handletextpad=0.2, borderpad=0.2
         )
         spoken = "; ".join(
-            f"{attack_words(a.name).label}: {percent(a.original.rate)} before, {percent(a.erased.rate)} after"
+            f"{attack_words(a.name).label}: {percent(a.original.top.rate)} before, {percent(a.erased.top.rate)} after"
             for a in attacks
         )
         return _svg(figure, "attack-rates", f"Detected rate of each attack. {spoken}.")
@@ -82,8 +86,12 @@ def variant_rates(attacks: Sequence[Attack]) -> str:
         panels = figure.subplots(rows, 2, squeeze=False).ravel()
         for panel, attack in zip(panels, attacks, strict=False):
             names = [one.name for one in attack.erased.variants]
-            models = (("original", attack.original, ORIGINAL, "s"), ("erased", attack.erased, ERASED, "o"))
-            for label, row, colour, marker in (*models, ("never saw it", attack.never, SERIES[1], "D")):
+            models = (
+                ("original", attack.original, ORIGINAL, "s", -0.06),
+                ("never saw it", attack.never, SERIES[1], "D", 0.06),
+                ("erased", attack.erased, ERASED, "o", 0.0),
+            )
+            for label, row, colour, marker, shift in models:
                 own = {one.name: one for one in row.variants} if row else {}
                 places = [place for place, name in enumerate(names) if name in own]
                 means = [
@@ -93,7 +101,7 @@ def variant_rates(attacks: Sequence[Attack]) -> str:
                 if means:
                     rates, spread = [100 * one.mean for one in means], _spread(means, scale=100)
                     style = {"color": colour, "elinewidth": 1.0, "linewidth": 1.3, "markersize": 5, "label": label}
-                    panel.errorbar(places, rates, yerr=spread, fmt=f"-{marker}", **style)
+                    panel.errorbar([place + shift for place in places], rates, yerr=spread, fmt=f"-{marker}", **style)
             panel.set_title(attack_words(attack.name).label, loc="left", fontsize=10.5, color=INK)
             panel.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 8 else 0, ha="right")
             panel.set_ylim(-4, 104)

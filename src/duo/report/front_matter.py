@@ -42,7 +42,7 @@ def front_matter(*, model: str, relation: str, name: str, tags: Sequence[str], r
 def results(scores: Scores) -> list[EvalResult]:
     """What was measured of the erased model: the rows of attacks that worked on the original, and what was kept."""
     found = [
-        detected(attack.name, scores.concept, n=attack.erased.n, rate=attack.erased.rate)
+        detected(attack.name, scores.concept, n=attack.erased.top.n, rate=attack.erased.top.rate)
         for attack in scores.attacks
         if attack.reliable
     ]

@@ -20,7 +20,7 @@ from duo.models import title
 from duo.report import figures
 from duo.report.images import data_uri, pixelated, read_image
 from duo.report.own_concept import OwnConcept, portable
-from duo.report.records import MODELS, Picture, Preservation, RunRecords, Scores
+from duo.report.records import MODELS, Attack, Picture, Preservation, RunRecords, Scores
 from duo.report.toml_text import toml_text
 from duo.report.wording import (
     ALL_ATTRIBUTES,
@@ -264,7 +264,7 @@ def _tiles(scores: Scores) -> list[Tile]:
         attack for attack in scores.attacks if attack.name != head.name and (attack.reliable or attack.erased.detected)
     ]
     if others:
-        worst = max(others, key=lambda attack: (attack.erased.rate, attack.erased.corrupted_rate))
+        worst = max(others, key=lambda attack: (_above(attack), attack.erased.top.rate, attack.erased.corrupted_rate))
         tiles.append(_attack_tile(f"Strongest attack: {attack_words(worst.name).label}", scores, worst.name))
     tiles.append(_kept_tile(scores.preservation))
     unrelated = (scores.attributes or {}).get(UNRELATED)
@@ -282,6 +282,12 @@ def _tiles(scores: Scores) -> list[Tile]:
     return tiles
 
 
+def _above(attack: Attack) -> float:
+    """How much more of the concept there is than from a model that never saw it; without one, how much there is."""
+    top = attack.erased.top
+    return top.rate if top.excess is None else top.excess.rate
+
+
 def _kept_tile(kept: Preservation | None) -> Tile:
     name = "Unrelated pictures kept"
     if kept is None:
@@ -292,14 +298,16 @@ def _kept_tile(kept: Preservation | None) -> Tile:
 
 def _attack_tile(name: str, scores: Scores, row: str) -> Tile:
     attack = next(attack for attack in scores.attacks if attack.name == row)
-    after = attack.erased
+    after = attack.erased.top
+    before = attack.original.at(after.name) or attack.original.top
     detail = (
         f"{after.detected} of {after.n} show {concept_word(scores.concept)}, {percent_range(after.low, after.high)}"
     )
+    detail = f"at {after.name}: {detail}" if after.name else detail
     return Tile(
         name=name,
         value=percent(after.rate),
-        before=percent(attack.original.rate),
+        before=percent(before.rate),
         detail=detail if attack.reliable else f"{detail}; unreliable",
     )
 

@@ -67,17 +67,19 @@ class Variant:
     low: float
     high: float
     psnr: Mean | None = None
+    excess: Excess | None = None
 
     @classmethod
     def read(cls, row: Fields) -> Variant:
         rates = {key: row.share(key) for key in ("rate", "low", "high")}
         _ordered(row, rates["low"], rates["rate"], rates["high"])
-        near = row.table_or_none("psnr") if "psnr" in row else None
+        near, above = (row.table_or_none(key) if key in row else None for key in ("psnr", "excess"))
         return cls(
             name=row.text("variant"),
             n=row.whole("n", least=1),
             detected=row.whole("detected"),
             psnr=None if near is None else Mean.read(near),
+            excess=None if above is None else Excess.read(above),
             **rates,
         )
 
@@ -146,9 +148,26 @@ class AttackRow:
     baseline: bool = False
 
     @property
-    def worst(self) -> Variant | None:
-        """The variant that brings the concept back most, where there are several."""
-        return max(self.variants, key=lambda one: one.rate, default=None)
+    def top(self) -> Variant:
+        """The setting that brings the concept back most; of an attack without several, the whole row, without a name.
+
+        Of settings with the same rate it is the one that is most above a model that never saw the concept.
+        """
+        whole = Variant(
+            name="",
+            n=self.n,
+            detected=self.detected,
+            rate=self.rate,
+            low=self.low,
+            high=self.high,
+            psnr=self.psnr,
+            excess=self.excess,
+        )
+        return max(self.variants, key=lambda one: (one.rate, one.excess.rate if one.excess else 0.0), default=whole)
+
+    def at(self, name: str) -> Variant | None:
+        """The setting of that name, or the whole row of an attack without several."""
+        return next((one for one in self.variants if one.name == name), None) if self.variants else self.top
 
     @classmethod
     def read(cls, row: Fields) -> AttackRow:
