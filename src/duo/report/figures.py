@@ -103,7 +103,11 @@ def variant_rates(attacks: Sequence[Attack]) -> str:
                     style = {"color": colour, "elinewidth": 1.0, "linewidth": 1.3, "markersize": 5, "label": label}
                     panel.errorbar([place + shift for place in places], rates, yerr=spread, fmt=f"-{marker}", **style)
             panel.set_title(attack_words(attack.name).label, loc="left", fontsize=10.5, color=INK)
-            panel.set_xticks(range(len(names)), names, rotation=30 if max(map(len, names)) > 8 else 0, ha="right")
+            slanted = max(map(len, names)) > 8
+            panel.set_xticks(
+                range(len(names)), names, rotation=30 if slanted else 0, ha="right" if slanted else "center"
+            )
+            panel.set_xlim(-0.3, len(names) - 0.7)
             panel.set_ylim(-4, 104)
             panel.set_yticks((0, 50, 100), ("0%", "50%", "100%"))
             panel.grid(axis="y", color=GRID, linewidth=0.8)
