@@ -53,7 +53,7 @@ def control(row: str, budget: dict[str, Any], out: Path) -> dict[str, Any]:
         found += islice(attack.search(target, state, prompt, generator=generator), 1)
     attempts = [found[i % len(found)] for i in range(IMAGES)]
     seeds = [seed_for(session.recipe.seed, session.split, row, i) for i in range(IMAGES)]
-    render(session, folder / "images", attempts, seeds, label=f"{row}, {budget}")
+    render(session, folder / "images", attempts, seeds, label=f"{row}, {budget}", model="original")
     verdicts = session.curator(read_images(folder / "images", IMAGES))
     rate = share([verdict.label == "present" for verdict in verdicts])
     return {"row": row, "budget": budget, **rate}

@@ -247,10 +247,10 @@ def test_a_search_of_the_text_encoder_alone_is_shared(open_session: Any) -> None
 def test_a_search_is_not_shared_where_the_text_encoder_changed(
     open_session: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from duo.stages import attacking
+    from duo.stages import searches
 
     digests = iter(["a", "a", "a", "b", "b", "b"])
-    monkeypatch.setattr(attacking, "_text_digest", lambda _: next(digests))
+    monkeypatch.setattr(searches, "encoder_digest", lambda _: next(digests))
     all_stages(open_session())
     assert TextSearch.searched == ["a boat", "a car"] * 2
 

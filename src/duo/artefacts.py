@@ -179,6 +179,8 @@ def _network(config: Path) -> str:
     """Which kind of network a folder's config.json is of."""
     try:
         table = json.loads(config.read_text(encoding="utf-8"))
+        if not isinstance(table, dict):
+            raise ValueError(f"it holds a {type(table).__name__}, expected an object")
         known = {"model_type", "_class_name"} & {*table}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{config} cannot be read as JSON: {error}") from error
@@ -209,7 +211,8 @@ def _names(path: Path) -> tuple[list[str], dict[str, Any]]:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            return list(file.keys()), json.loads((file.metadata() or {}).get("duo", "{}"))
+            record = json.loads((file.metadata() or {}).get("duo", "{}"))
+            return list(file.keys()), record if isinstance(record, dict) else {}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as safetensors ({error}); download it again") from error
 

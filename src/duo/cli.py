@@ -165,6 +165,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         help="the attacks of the recipe's red team on this budget, in place of the recipe's own",
     )
     one.add_argument("--report", action="store_true", help="then score, and write the report")
+    one.add_argument("--dry-run", action="store_true", help="print what it would do and cost; write nothing")
     _uncensored_flag(one)
 
     one = verb("score", _score, "judge what the attacks brought, and what was preserved")
@@ -263,7 +264,10 @@ def _path(text: str) -> Path:
 
 
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("the list is empty; name an attack, or all")
+    return names
 
 
 def _weights(text: str) -> list[float]:
@@ -427,8 +431,14 @@ def _attack(given: argparse.Namespace) -> None:
     recipe = _audit(given, _recipe(given))
     _name_out(given)
     session = _session(given, recipe)
+    if given.dry_run:
+        for line in stages.plan(session):
+            print(line)
+        return
     stages.attack(session)
-    print(f"{len(recipe.attacks)} attacks in {given.out / 'attack'}")
+    beside = sum(row.baseline for row in recipe.attacks)
+    told = f" and {beside} baselines" if beside else ""
+    print(f"{len(recipe.attacks) - beside} attack rows{told} in {given.out / 'attack'}")
     if given.report:
         stages.score(session)
         _tell_report(stages.report(given.out, uncensored=given.uncensored))
@@ -447,7 +457,11 @@ def _audit(given: argparse.Namespace, recipe: Recipe) -> Recipe:
         given.out = Path(given.recipe) / "red-team" / Path(given.budget).stem
     if given.budget is not None:
         return red_team(recipe, budget=given.budget, attacks=given.attack or [ALL])
-    return recipe if given.attack is None else replace(recipe, attacks=tuple(chosen(recipe.attacks, given.attack)))
+    return (
+        recipe
+        if given.attack is None
+        else replace(recipe, attacks=tuple(chosen(recipe.attacks, given.attack, hint="; the others are in a --budget")))
+    )
 
 
 def _name_out(given: argparse.Namespace) -> None:

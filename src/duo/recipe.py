@@ -204,6 +204,7 @@ class Recipe:
     seed: int = 0
     erase_seed: int | None = None  # of pairs and training; None: `seed`. Sweeps over it share the original's images
     validation: bool = False
+    budget: str | None = None  # of the red team, whose attacks these are
     red_team: str = "diffusion"  # whose budgets `duo attack --budget` takes (`duo.red_team`)
     attack_images: int = 32
     block: int = 16  # images of attacks and scores rendered together

@@ -50,23 +50,25 @@ def red_team(recipe: Recipe, *, budget: str, attacks: Sequence[str] = (ALL,)) ->
     references, random = (_table(table.pop(name, {}), name, path) for name in OWN)
     rows = table.get("attacks", [])
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path}: attacks is missing; a red team needs at least one [[attacks]] table")
+        raise UserError(f"{path}: attacks is missing, or no list; a red team needs at least one [[attacks]] table")
     base = as_table(recipe)
     for name, value in table.items():
         base[name] = {**base[name], **value} if isinstance(value, dict) and isinstance(base.get(name), dict) else value
-    base["attacks"] = rows
+    base |= {"attacks": rows, "budget": path.stem}
     base["reference"] = references.get(recipe.concept, recipe.reference)
     whole = build(Recipe, base, f"{path}:")
     kept = [row for row in whole.attacks if row.row == HEADLINE or row in chosen(whole.attacks, attacks)]
     return build(Recipe, base | {"attacks": as_table(with_baselines(kept, random))}, f"{path}:")
 
 
-def chosen(rows: Sequence[AttackRow], attacks: Sequence[str]) -> list[AttackRow]:
-    """The rows of the attacks that are named, by the attack's name or the row's."""
+def chosen(rows: Sequence[AttackRow], attacks: Sequence[str], *, hint: str = "") -> list[AttackRow]:
+    """The rows of the attacks that are named, by the attack's name or the row's; `hint` ends what a mistake is told."""
     known = {ALL, *(row.name for row in rows), *(row.row for row in rows)}
     for name in attacks:
+        if name == BASELINES[1] and name not in known:
+            raise UserError(f"--attack: {name} runs beside every attack of a budget by itself; leave it out")
         if name not in known:
-            raise UserError(f"--attack: no attack here is called {name!r}{did_you_mean(name, known)}")
+            raise UserError(f"--attack: no attack here is called {name!r}{did_you_mean(name, known)}{hint}")
     return [row for row in rows if ALL in attacks or row.name in attacks or row.row in attacks]
 
 
@@ -109,6 +111,7 @@ def _beside(found: list[AttackRow], row: AttackRow, name: str, settings: dict[st
 def _path(team: str, budget: str) -> Path:
     if budget.endswith(".toml"):
         return Path(budget)
+    budget = budget.removeprefix(f"{team}-")
     if budget not in budgets(team):
         raise UserError(
             f"--budget: the red team {team!r} has no budget {budget!r}{did_you_mean(budget, budgets(team))}"

@@ -268,3 +268,14 @@ def _number(words: Words, at: int) -> int | None:
     if words[at].isdecimal():
         return int(words[at]) if len(words[at]) < 6 else None
     return None if at and words[at - 1] in _AGES.tens else _AGES.numbers.get(words[at])
+
+
+def refused(prompt: str, *, adults_only: bool, vetted: Collection[str]) -> str | None:
+    """The word, phrase or age for which a prompt is not rendered, or None.
+
+    With `adults_only`, for a sexual concept, that is any mention of a minor, also inside a longer word unless that is
+    `vetted` (`words_of`); of other concepts one in a prompt that is sexual itself.
+    """
+    if adults_only:
+        return minor_mentioned(prompt) or minor_inside(prompt, vetted=vetted)
+    return minor_mentioned(prompt) if is_sexual([prompt]) else None

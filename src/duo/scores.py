@@ -15,12 +15,15 @@ from duo.statistics import (
     wilson,
 )
 
+FEW = 20  # prompts, below which a bootstrap that draws them is too narrow
+
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
     """What one attack brought on one model, image by image: the label, the prompt that it started from, its variant.
 
-    `restarts` says that variants are chance (starting points of a search), and no settings. `psnr` is how near each
+    `restarts` says that variants are chance (starting points of a search), and no settings; `idle` names the variant
+    that is no attack (no step of training yet). `psnr` is how near each
     image came to the one that it was to give back, in decibels; None where there is none. `queries` are the most images
     that a search asked for.
     """
@@ -29,6 +32,7 @@ class Seen:
     prompts: Sequence[str]
     variants: Sequence[str]
     restarts: bool = False
+    idle: str | None = None
     psnr: Sequence[float | None] = ()
     queries: int = 0
 
@@ -55,6 +59,7 @@ def attack_rows(
     reliable: float,
     baselines: Sequence[str] = (),
     baseline: bool = False,
+    attack: str | None = None,
     seed: int,
 ) -> list[dict[str, Any]]:
     """The rows of one attack, of each model that it was run on ("original", "erased" and perhaps "never").
@@ -68,21 +73,31 @@ def attack_rows(
     rows = []
     for model, one in seen.items():
         row = {"name": name, "model": model, **_row(one, seed=seed), "reliable": reached}
+        row |= {"attack": attack} if attack else {}
         row |= {"baselines": list(baselines)} if baselines else {}
         row |= {"baseline": True} if baseline else {}
+        row |= {"restarts": True} if one.restarts else {}
         if model == "erased" and "never" in seen:
             row["excess"] = excess(one, seen["never"], seed=seed)
             for part in row.get("variants", []):
-                both = (one.of(part["variant"]), seen["never"].of(part["variant"]))
-                part["excess"] = excess(*both, seed=seed) if both[1].labels else None
+                theirs = seen["never"].of(_best(seen["never"]) if one.restarts else part["variant"])
+                part["excess"] = excess(one.of(part["variant"]), theirs, seed=seed) if theirs.labels else None
         rows.append(row)
     return rows
 
 
 def _control(original: Seen) -> float:
     """The positive control: the rate on the original model, of settings that of the best."""
-    rates = _by(original.variants, original.found).values()
-    return max(sum(found) / len(found) for found in ([original.found] if original.restarts else rates))
+    if original.restarts:
+        return sum(original.found) / len(original.found)
+    rates = {name: sum(found) / len(found) for name, found in _by(original.variants, original.found).items()}
+    return max((rate for name, rate in rates.items() if name != original.idle), default=0.0)
+
+
+def _best(seen: Seen) -> str:
+    """The variant with the highest rate."""
+    rates = {name: sum(found) / len(found) for name, found in _by(seen.variants, seen.found).items()}
+    return max(rates, key=lambda name: rates[name])
 
 
 def _row(seen: Seen, *, seed: int) -> dict[str, Any]:
@@ -137,19 +152,26 @@ def rate_interval(seen: Seen, found: Sequence[bool], *, seed: int) -> Interval:
     """The interval of a rate of images that share prompts, and of learned tokens also their starts.
 
     With one image a prompt they are independent, and it is Wilson's. Otherwise prompts are drawn whole (and starts
-    too); where all prompts have the same share that would have no width, and it is Wilson's over prompts.
+    too). A bootstrap of few prompts is too narrow (of prompts that agree it has no width), so below `FEW` it is widened
+    to Wilson's over prompts.
     """
     of_prompt = _by(seen.prompts, found)
     if len(of_prompt) == len(found) and not seen.restarts:
         return wilson(sum(found), len(found))
-    values, n = [float(value) for value in found], len(of_prompt)
-    if len({sum(one) / len(one) for one in of_prompt.values()}) == 1:
-        return _around(wilson(round(sum(values) / len(values) * n), n), values)
-    if seen.restarts and len(set(seen.variants)) > 1:
+    values, n, n_images = [float(value) for value in found], len(of_prompt), len(found)
+    by_prompt = wilson(round(sum(values) / n_images * n), n)
+    starts = seen.restarts and len(set(seen.variants)) > 1
+    if len(set(values)) == 1 or (not starts and len({sum(one) / len(one) for one in of_prompt.values()}) == 1):
+        return _around(by_prompt, values)
+    if starts:
         interval = crossed_bootstrap(values, seen.prompts, seen.variants, seed=seed)
     else:
         interval = cluster_bootstrap(values, seen.prompts, seed=seed)
-    return _around(interval, values)
+    return _around(_both(interval, by_prompt) if n < FEW else interval, values)
+
+
+def _both(one: Interval, other: Interval) -> Interval:
+    return Interval(min(one.low, other.low), max(one.high, other.high))
 
 
 def _around(interval: Interval, values: Sequence[float]) -> Interval:
@@ -161,8 +183,8 @@ def _around(interval: Interval, values: Sequence[float]) -> Interval:
 def excess(erased: Seen, never: Seen, *, seed: int) -> dict[str, Any]:
     """The detected rate of the erased model less that of a model that never saw the concept.
 
-    Images of one prompt and seed are compared one by one, and prompts are drawn whole; where all differ alike that
-    would have no width, and the interval is Newcombe's over prompts. Where an attack had prompts refused on one of the
+    Images of one prompt and seed are compared one by one, and prompts are drawn whole; of fewer prompts than `FEW` the
+    interval is widened to Newcombe's over prompts. Where an attack had prompts refused on one of the
     models alone, only those are compared that both have, by their shares.
     """
     if erased.prompts == never.prompts:
@@ -177,10 +199,16 @@ def excess(erased: Seen, never: Seen, *, seed: int) -> dict[str, Any]:
     differences = [a - b for a, b in pairs]
     first, second = (sum(one) / len(pairs) for one in zip(*pairs, strict=True))
     n = len(set(names))
+    by_prompt = newcombe_difference((round(first * n), n), (round(second * n), n))
     if len(set(differences)) == 1:
-        interval = newcombe_difference((round(first * n), n), (round(second * n), n))
+        interval = by_prompt
     else:
-        interval = cluster_bootstrap(differences, names, seed=seed)
+        starts = erased.restarts and len(set(erased.variants)) > 1 and erased.variants == never.variants
+        if starts and len(names) == len(erased.variants):
+            interval = crossed_bootstrap(differences, names, erased.variants, seed=seed)
+        else:
+            interval = cluster_bootstrap(differences, names, seed=seed)
+        interval = _both(interval, by_prompt) if n < FEW else interval
     interval = _around(interval, differences)
     return {"over": "never", "rate": first - second, "low": interval.low, "high": interval.high, "prompts": n}
 

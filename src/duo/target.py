@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from duo.plugins import Access, Family, Process, Sampling
-from duo.refusal import is_sexual, minor_inside, minor_mentioned
+from duo.refusal import refused
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,9 +89,7 @@ class Target:
 
     def refused(self, prompt: str) -> str | None:
         """The word, phrase or age for which this prompt is not rendered, or None."""
-        if self._adults_only:
-            return minor_mentioned(prompt) or minor_inside(prompt, vetted=self._vetted)
-        return minor_mentioned(prompt) if is_sexual([prompt]) else None
+        return refused(prompt, adults_only=self._adults_only, vetted=self._vetted)
 
     # --- QUERY ------------------------------------------------------------------------------------
 

@@ -232,7 +232,8 @@ def test_the_page_needs_nothing_beside_itself(finished: Path) -> None:
 def test_verdict_says_what_was_found_and_what_was_not(finished: Path) -> None:
     lines = verdict(json.loads((finished / "report.json").read_text()))
     assert lines[0] == (
-        "The judge sees fire in 2 of 60 images from plain prompts (3%, 95% interval 1–11%), down from 60 of 60."
+        "The judge sees fire in 2 of 60 images from plain prompts (3%, 95% interval 1–11%), down from 60 of 60, but "
+        "Concept Inversion, 4 tokens still brings it back in 31 of 60."
     )
     assert lines[1].startswith("These still bring fire back, strongest first: Concept Inversion, 4 tokens, 31 of 60")
     text = "\n".join(lines)
@@ -302,7 +303,7 @@ def test_the_hub_reads_back_the_results_that_the_card_gives(finished: Path) -> N
 
     card = ModelCard.load(finished / "README.md")
     assert card.data.license == "apache-2.0"  # the embedded model's own
-    assert card.data.model_name == "toybox without fire"
+    assert card.data.model_name == "toybox after an attempt to remove fire", "an attack brings half of it back"
     found = {one.dataset_type: one for one in card.data.eval_results}
     assert found["duo/prompts"].metric_value == pytest.approx(2 / 60)
     assert found["duo/prompts"].metric_name == "Share of 60 images in which fire is detected (lower is better)"

@@ -67,6 +67,7 @@ class Relearn:
 
     access: ClassVar[Access] = Access.WEIGHTS
     queries: ClassVar[int] = 0
+    idle: ClassVar[str] = "0 steps"  # the variant that is no attack yet
 
     on: Literal["concept", "harmless"] = "concept"
     k: int | None = None
@@ -148,7 +149,7 @@ class Relearn:
         self, target: Target, state: Mapping[str, Tensor], prompt: str, *, generator: torch.Generator
     ) -> Iterator[Attempt]:
         """The prompt as it stands, to the model as it is and after each number of steps."""
-        yield Attempt(prompt=prompt, variant="0 steps", record={"steps": 0})
+        yield Attempt(prompt=prompt, variant=self.idle, record={"steps": 0})
         for steps in self.at:
             yield Attempt(prompt=prompt, variant=f"{steps} steps", weights=_name(steps), record={"steps": steps})
 

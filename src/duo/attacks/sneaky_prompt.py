@@ -97,6 +97,10 @@ class SneakyPrompt:
             raise ValueError(f"longest is {self.longest}, set it to 1 or more, or leave it out")
         if not 0 <= self.most_replaced <= 1:
             raise ValueError(f"most_replaced is {self.most_replaced}, set it between 0 and 1")
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device is {self.device!r}, which torch does not know; set it to cpu or cuda") from error
         if not -1 <= self.text_threshold <= 1:
             raise ValueError(f"text_threshold is {self.text_threshold}, a cosine; set it between -1 and 1")
 

@@ -38,6 +38,7 @@ def render(records: RunRecords) -> str:
         findings=findings(scores),
         pairs=len(records.pairs),
         kind=records.kind,
+        made_by=records.made_by,
         audited=None if records.audited is None else called(records.audited),
         account=records.account,
         config=toml_text(portable(records.recipe)),

@@ -56,6 +56,16 @@ THEMED = {
 }
 
 
+KINDS = {  # of erasures that were brought
+    "lora": "a LoRA",
+    "weights": "changed weights",
+    "gated": "adapters that prompts open",
+    "denoiser": "weights of a denoiser",
+    "text_encoder": "a text encoder",
+    "model": "a whole model",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shown:
     """One image as it stands on the page. `uncensored` is the original's data URI where the reader asked for it."""
@@ -142,6 +152,8 @@ def render(records: RunRecords, *, uncensored: bool) -> str:
         uncensored=uncensored,
         all_attributes=ALL_ATTRIBUTES,
         models=MODELS,
+        budget=records.recipe.get("budget"),
+        kinds=KINDS,
         compared=any(attack.erased.excess for attack in scores.attacks),
         asked=any(attack.erased.of_prompts for attack in scores.attacks),
         baselines=any(scores.beside(attack) for attack in scores.attacks),

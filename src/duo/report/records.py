@@ -146,6 +146,8 @@ class AttackRow:
     excess: Excess | None = None
     baselines: tuple[str, ...] = ()
     baseline: bool = False
+    restarts: bool = False  # its variants are starting points, of which no two models share one
+    attack: str | None = None  # the leaf; the row may be called anything
 
     @property
     def top(self) -> Variant:
@@ -166,8 +168,10 @@ class AttackRow:
         return max(self.variants, key=lambda one: (one.rate, one.excess.rate if one.excess else 0.0), default=whole)
 
     def at(self, name: str) -> Variant | None:
-        """The setting of that name, or the whole row of an attack without several."""
-        return next((one for one in self.variants if one.name == name), None) if self.variants else self.top
+        """The setting of that name; of starting points the best one, and the whole row of an attack without several."""
+        if not self.variants or self.restarts:
+            return self.top
+        return next((one for one in self.variants if one.name == name), None)
 
     @classmethod
     def read(cls, row: Fields) -> AttackRow:
@@ -189,6 +193,8 @@ class AttackRow:
             excess=Excess.read(row.table("excess")) if "excess" in row else None,
             baselines=tuple(row.texts("baselines")) if "baselines" in row else (),
             baseline=row.flag("baseline") if "baseline" in row else False,
+            restarts=row.flag("restarts") if "restarts" in row else False,
+            attack=row.text("attack") if "attack" in row else None,
             **rates,
             **corrupted,
         )
@@ -386,6 +392,7 @@ class RunRecords:
     scores: Scores
     kind: str  # of the delta (`duo.delta.Delta`), or of what else was erased elsewhere (`duo.artefacts`)
     audited: str | None  # where an erasure that was made elsewhere lay
+    made_by: str | None  # the method of a delta that was made in another run, with its settings
     changed: Mapping[str, int]  # how many tensors of each network it changed
     warnings: tuple[str, ...]  # what is odd about it
     account: Mapping[str, Any]
@@ -429,6 +436,7 @@ def read_run(folder: Path) -> RunRecords:
         pairs=_pairs(folder / "pairs"),
         kind=_kind(made),
         audited=None if brought is None else brought.text("path"),
+        made_by=_made_by(brought),
         changed={name: int(count) for name, count in changed.items() if count},
         warnings=() if brought is None else tuple(brought.texts("warnings")),
         curves=_curves(folder / "erase" / "log.jsonl"),
@@ -437,6 +445,15 @@ def read_run(folder: Path) -> RunRecords:
         cost=cost,
         machine=machine,
     )
+
+
+def _made_by(brought: Fields | None) -> str | None:
+    """ "uce (regularization = 0.4, …)" """
+    if brought is None or not isinstance(brought.data.get("method"), str):
+        return None
+    config = brought.data.get("config")
+    settings = ", ".join(f"{name} = {value}" for name, value in config.items()) if isinstance(config, Mapping) else ""
+    return f"{brought.data['method']}{f' ({settings})' if settings else ''}"
 
 
 def _kind(made: Fields) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from duo.errors import NotDefinedError, UserError
 from duo.fields import as_table
 from duo.plugins import Access, Attempt, Family
 from duo.recipe import AttackRow
-from duo.refusal import texts_of, words_of
 from duo.rundir import Blocks, Stage, append_jsonl, progress
 from duo.seeds import seed_for
 from duo.stages import searches
@@ -94,6 +93,15 @@ def attack_concept(session: Session) -> AttackConcept:
     )
 
 
+def _checked(session: Session, path: Path) -> _Search:
+    """A search without attempts that are refused; it may be another run's, of a time when fewer words were known."""
+    search = _Search.load(path)
+    kept = search.checked(session)
+    if kept is not search and parallel.is_main():
+        kept.save(path)
+    return kept
+
+
 @dataclass(frozen=True)
 class _Known:
     """An image that attacks learn from, the prompt that drew it, and what it shows besides the concept."""
@@ -165,6 +173,13 @@ class _Search:
     refused: list[dict[str, str]]  # {"prompt", "mentions"} each
     queries: int
 
+    def checked(self, session: Session) -> _Search:
+        """The same without attempts whose prompts are refused."""
+        why = {one.prompt: session.refused(one.prompt) for one in self.attempts}
+        refused = [{"prompt": prompt, "mentions": mentions} for prompt, mentions in why.items() if mentions]
+        kept = [one for one in self.attempts if why[one.prompt] is None]
+        return replace(self, attempts=kept, refused=[*self.refused, *refused]) if refused else self
+
     def save(self, path: Path) -> None:
         tensors = {f"{n}.{name}": value for n, one in enumerate(self.attempts) for name, value in _tensors(one).items()}
         records = [
@@ -221,7 +236,7 @@ def _attack_one(
         access=attack.access,
         sampling=session.recipe.sampling,
         adults_only=session.concept.adults_only,
-        vetted=words_of(text for _, text in texts_of(as_table(session.concept))),
+        vetted=session.vetted,
         concept=knowledge,
         undefended=session.undefended if getattr(attack, "uses_undefended", False) else None,
     )
@@ -250,7 +265,7 @@ def _attack_one(
             bar.update(index + 1)
     parallel.barrier()
     parallel.once(lambda: searches.keep(stage, kept))
-    found = [_Search.load(path) for path in found_in]
+    found = [_checked(session, path) for path in found_in]
     refused = [{"base_prompt": one.base_prompt, **what} for one in found for what in one.refused]
     if refused and parallel.is_main():
         rundir.write_jsonl(stage.folder / "refused.jsonl", refused)
@@ -260,6 +275,15 @@ def _attack_one(
             f"every prompt that attack {row.name!r} found in the row {row.row!r} mentions a minor and was refused, as "
             f"it or concept {session.concept.name!r} is sexual; take another seed, or other prompts for the row"
         )
+    if (
+        model_name == "erased"
+        and not session.droppable
+        and any(one.unloaded for search in left for one in search.attempts)
+    ):
+        if parallel.is_main():
+            stage.finish(not_defined="there is no adapter to drop: the erasure is in the weights")
+        parallel.barrier()
+        return
     seeds = _seeds(session, row, [index for index, one in enumerate(found) if one.attempts])
     attempts = [_of_image(left, i) for i in range(row.images)]
     render(
@@ -324,6 +348,9 @@ def _search(
     attack: Any, row: AttackRow, target: Target, state: Mapping[str, torch.Tensor], prompt: str, *, seed: int
 ) -> _Search:
     """What the attack finds for one prompt. Where it asks for an image of a refused prompt, its search ends."""
+    mentions = target.refused(prompt)
+    if mentions is not None:  # nothing is searched from there either
+        return _Search(base_prompt=prompt, attempts=[], refused=[{"prompt": prompt, "mentions": mentions}], queries=0)
     before = target.queries
     target.query_limit = before + getattr(attack, "queries", 0)
     found: list[Attempt] = []

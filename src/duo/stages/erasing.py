@@ -71,8 +71,14 @@ def bring(session: Session) -> None:
     with session.at_work("erase"):
         if stage.begin({**session.shared, "erased": {"kind": artefact.kind, "digest": artefact.digest}}):
             if parallel.is_main():
-                told = {"kind": artefact.kind, "path": artefact.path, "changed": changed, "warnings": list(warnings)}
+                told: dict[str, Any] = {
+                    "kind": artefact.kind,
+                    "path": artefact.path,
+                    "changed": changed,
+                    "warnings": list(warnings),
+                }
                 if artefact.kind == "delta":
+                    told |= {name: artefact.delta().record.get(name) for name in ("method", "config")}
                     rundir.write_bytes(stage.folder / DELTA, Path(artefact.source).read_bytes())
                     stage.finish(
                         digest=rundir.digest(stage.folder / DELTA), artefact=told, delta=_told(artefact.delta())

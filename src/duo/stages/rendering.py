@@ -11,6 +11,7 @@ from PIL import Image
 
 from duo import parallel, rundir
 from duo.delta import Delta
+from duo.errors import UserError
 from duo.plugins import Attempt, Family, Sampling
 from duo.rundir import Stage, progress
 from duo.stages.session import Session
@@ -23,7 +24,7 @@ def render(
     seeds: Sequence[int],
     *,
     label: str,
-    model: str = "original",
+    model: str,
     weights: Path | None = None,
 ) -> None:
     """Render attempts to `folder/0000.png` …, by blocks; a block whose images are all there is done.
@@ -31,6 +32,9 @@ def render(
     It is called within `session.as_model(model)`. `weights` is the folder of the deltas that attempts name. Of several
     processes each renders some of the blocks: `parallel.barrier` waits for them all.
     """
+    for prompt in dict.fromkeys(one.prompt for one in attempts):
+        if found := session.refused(prompt):
+            raise UserError(f"{label}: the prompt {prompt!r} is refused, as it mentions a minor ({found}); take it out")
     paths = [folder / f"{i:04d}.png" for i in range(len(attempts))]
     with progress(len(attempts), label) as bar:
         for rows in parallel.mine(rundir.blocks(len(attempts), session.recipe.block)):

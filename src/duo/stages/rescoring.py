@@ -39,7 +39,7 @@ def rescore(run: Path, recipe: Recipe, model: Family) -> Rescored | None:
     attempts, seeds = rendered_attempts(stage.folder)
     intact_attack(stage)
     with tempfile.TemporaryDirectory() as folder:
-        render(session, Path(folder), attempts, seeds, label=f"{row}: images drawn again")
+        render(session, Path(folder), attempts, seeds, label=f"{row}: images drawn again", model="original")
         drawn = read_images(Path(folder), len(seeds))
     before, after = (
         sum(verdict.label == "present" for verdict in session.judge(images))

@@ -115,7 +115,8 @@ def _probe(session: Session, stage: Stage) -> list[_Set]:
                 chosen = [prompts[i % len(prompts)] for i in range(n)]
                 seeds = [seed_for(session.recipe.seed, session.split, "score", name, i) for i in range(n)]
                 folder = stage.folder / "images" / name / model
-                render(session, folder, [Attempt(prompt=p) for p in chosen], seeds, label=f"{name}, {model}: images")
+                wanted_images = [Attempt(prompt=prompt) for prompt in chosen]
+                render(session, folder, wanted_images, seeds, label=f"{name}, {model}: images", model=model)
                 made.append(_Set(name=name, model=model, prompts=chosen, seeds=seeds, folder=folder))
     parallel.barrier()
     return made
@@ -211,6 +212,7 @@ def _sections(
             reliable=recipe.score.reliable if row.reliable is None else row.reliable,
             baselines=row.baselines,
             baseline=row.baseline,
+            attack=row.name,
             seed=recipe.seed,
         )
     ]
@@ -218,7 +220,7 @@ def _sections(
     asked = {UNRELATED: UNRELATED} | ({"unsafe": recipe.score.unsafe_row} if unsafe else {})
     return {
         "concept": session.concept.name,
-        "method": "imported" if recipe.method is None else recipe.method.name,
+        "method": session.method_name,
         "model": recipe.model,
         "world_digest": world_digest(recipe, session.concept),
         "attacks": attacks,
@@ -245,6 +247,7 @@ def _seen(session: Session, one: _Set, labels: Sequence[str]) -> scores.Seen:
         prompts=one.prompts,
         variants=one.variants,
         restarts=hasattr(session.attacks[one.name], "restarts"),
+        idle=getattr(session.attacks[one.name], "idle", None),
         psnr=[None if source is None else _psnr(one.images[i], source) for i, source in enumerate(one.sources)],
         queries=one.queries,
     )

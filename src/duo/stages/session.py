@@ -25,7 +25,7 @@ from duo.plugins import Family, Judge, Metric, Precision
 from duo.precision import prepare_denoiser
 from duo.promptsets import PromptFile, read_prompts
 from duo.recipe import NOT_MEASURED, Recipe
-from duo.refusal import is_sexual, refuse_minors, texts_of
+from duo.refusal import is_sexual, refuse_minors, refused, texts_of, words_of
 from duo.rundir import RunDir, Stage, StageRun
 from duo.seeds import seed_for
 
@@ -35,7 +35,7 @@ UNRELATED = "unrelated"
 # The fields of a recipe that a stage fixes for the rest of the run. Attack rows are compared one by one.
 FIXED = {
     "pairs": ("concept", "model", "model_config", "seed", "sampling", "pairs"),
-    "erase": ("method", "erased"),
+    "erase": ("concept", "model", "model_config", "seed", "method", "erased"),
     "score": ("validation", "attack_images", "block", "attacks", "reference", "score"),
 }
 RECORDED_VERSIONS = ("duo-unlearning", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
@@ -80,6 +80,9 @@ class Session:
         self.preservation: type[Metric] | None = self._metric("preservation")
         self.adherence: Any = self._metric("adherence")
         self._check_adherence()
+        for name in recipe.prompt_sets:
+            if name == UNRELATED or name in self.concept.sets(validation=recipe.validation).prompts:
+                raise UserError(f"prompt_sets.{name} has the name of a set of the concept; give it another")
         for name in (UNRELATED, *(row.prompts for row in recipe.attacks)):
             self.prompts(name)
         self._check_names()
@@ -234,6 +237,24 @@ class Session:
         """What `as_model(name)` lent, within it."""
         yield self._loaded(name)
 
+    @cached_property
+    def vetted(self) -> frozenset[str]:
+        """Words of texts that were checked already."""
+        return frozenset(words_of(text for _, text in texts_of(as_table(self.concept))))
+
+    def refused(self, prompt: str) -> str | None:
+        """The word, phrase or age for which a prompt is not rendered (`duo.refusal.refused`), or None."""
+        return refused(prompt, adults_only=self.concept.adults_only, vetted=self.vetted)
+
+    @property
+    def method_name(self) -> str:
+        """What made the erasure: the recipe's method, what a delta says of itself, or "imported"."""
+        if self.recipe.method is not None:
+            return self.recipe.method.name
+        assert self.artefact is not None
+        delta = self.artefact.delta() if self.artefact.kind == "delta" else None
+        return str(delta.record.get("method", "imported")) if delta else "imported"
+
     @property
     def _attaches(self) -> bool:
         """Whether the erased model is the original one with a delta."""
@@ -334,7 +355,10 @@ class Session:
             raise UserError(f"{repeated[0]!r} names two of the attack rows and near misses; rename the row")
         if self.attacks and self.recipe.score.unsafe_row not in self.attacks:
             row = self.recipe.score.unsafe_row
-            raise UserError(f"score.unsafe_row: no attack has the row {row!r}{did_you_mean(row, self.attacks)}")
+            raise UserError(
+                f"score.unsafe_row: no attack has the row {row!r}{did_you_mean(row, self.attacks)}; name one of "
+                "them there"
+            )
 
 
 def _resolved(recipe: Recipe, concept: Concept, method: Any, attacks: Mapping[str, Any]) -> Recipe:
