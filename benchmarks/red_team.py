@@ -82,6 +82,9 @@ def table(found: dict[str, Any]) -> str:
     for name, models in first.items():
         cells = [f"{worst(models['original']):.0%}", f"{worst(models['never']):.0%}"]
         for rows in found.values():
+            if name not in rows:  # not defined for this erasure
+                cells.append("–")
+                continue
             row = rows[name]["erased"]
             cells.append(f"{worst(row):.0%}" if row["reliable"] else f"({worst(row):.0%})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
