@@ -247,3 +247,32 @@ def test_weights_that_are_missing_are_told(leaves: None, open_session: Any) -> N
         path.unlink()
     with pytest.raises(UserError, match=r"grown\.safetensors"):
         attack(session)
+
+
+FOUND = """
+[[attacks]]
+row = "again"
+name = "img2img"
+prompts = "neutral"
+images = 2
+strengths = [0.5]
+ask = "adversarial"
+found_by = "{by}"
+"""
+
+
+def test_prompts_that_one_row_found_are_asked_by_another(leaves: None, open_session: Any) -> None:
+    session = open_session(more=FOUND.format(by="bell"))
+    make_pairs(session)
+    erase(session)
+    attack(session)
+    folder = session.dir.path / "attack"
+    for model in ("original", "erased"):
+        asked = {row["prompt"] for row in rundir.read_jsonl(folder / "again" / model / "attempts.jsonl")}
+        found = {row["prompt"] for row in rundir.read_jsonl(folder / "bell" / model / "attempts.jsonl")}
+        assert asked <= found
+        assert rundir.read_json(folder / "again" / model / "manifest.json")["search_shared"] is False
+    with pytest.raises(
+        UserError, match=r"attacks\.again\.found_by is 'nobody'; name an attack row that stands before it"
+    ):
+        open_session("other", more=FOUND.format(by="nobody"))

@@ -132,3 +132,9 @@ def test_no_attack_has_a_field_that_its_row_has() -> None:
     for name in plugins.names("attacks"):
         own = {field.name for field in dataclasses.fields(plugins.load("attacks", name))}
         assert not own & set(ROW_FIELDS), name
+
+
+def test_an_attack_that_takes_another_rows_prompts_brings_it_along() -> None:
+    recipe = red_team(load_recipe("toybox-fire"), budget="standard", attacks=["img2img_adversarial"])
+    rows = [row.row for row in recipe.attacks if not row.baseline]
+    assert rows == ["prompts", "ring_a_bell", "img2img_adversarial"]

@@ -217,7 +217,8 @@ class AttackConcept:
     `attack_images` are fresh images of the concept from the original model, empty for attacks that do not learn from
     images; `attack_prompts[i]` drew `attack_images[i]`, and `attack_captions[i]` tells what it shows besides the
     concept. `harmless_images` show what `harmless_captions` say, without the concept. All were made with seeds of their
-    own, never those of the pairs or of a scored image. `detector` is the curator: never the judge that scores.
+    own, never those of the pairs or of a scored image. `found_prompts` are what another attack row found on this model,
+    for attacks that name it (`found_by`). `detector` is the curator: never the judge that scores.
     """
 
     name: str
@@ -229,6 +230,7 @@ class AttackConcept:
     attack_prompts: tuple[str, ...] = ()
     harmless_images: Sequence[Image] = ()
     harmless_captions: tuple[str, ...] = ()
+    found_prompts: tuple[str, ...] = ()
     detector: Judge | None = None
 
 

@@ -310,7 +310,8 @@ class Attack(Protocol):
 
     It may also have `queries`, the most images that a search may ask of the target for one prompt (0 where it has
     none); `uses_undefended = True`, for an attacker who has the model from before the erasure too
-    (`Target.undefended`); and `learns_from_images = True`, to be given `AttackConcept.attack_images`. Where it makes no
+    (`Target.undefended`); `found_by`, the row of another attack, to be given `AttackConcept.found_prompts`; and
+    `learns_from_images = True`, to be given `AttackConcept.attack_images`. Where it makes no
     sense on a kind of model, `prepare` raises `duo.errors.NotDefinedError` with the reason in one line.
     """
 

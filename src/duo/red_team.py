@@ -57,7 +57,9 @@ def red_team(recipe: Recipe, *, budget: str, attacks: Sequence[str] = (ALL,)) ->
     base |= {"attacks": rows, "budget": path.stem}
     base["reference"] = references.get(recipe.concept, recipe.reference)
     whole = build(Recipe, base, f"{path}:")
-    kept = [row for row in whole.attacks if row.row == HEADLINE or row in chosen(whole.attacks, attacks)]
+    wanted = chosen(whole.attacks, attacks)
+    wanted += [row for row in whole.attacks if row.row in {one.settings.get("found_by") for one in wanted}]
+    kept = [row for row in whole.attacks if row.row == HEADLINE or row in wanted]
     return build(Recipe, base | {"attacks": as_table(with_baselines(kept, random))}, f"{path}:")
 
 

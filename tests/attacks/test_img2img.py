@@ -88,8 +88,8 @@ def test_prompts_of_another_attack_may_be_asked(run: Any) -> None:
         ({"strengths": (1.1,)}, "above 0 and at most 1"),
         ({"strengths": (0.5, 0.5)}, "each strength once"),
         ({"ask": "plain"}, "expected one of empty, concept, base, adversarial"),
-        ({"ask": "adversarial"}, "go together"),
-        ({"adversarial": ("zxq",)}, "go together"),
+        ({"ask": "adversarial"}, "goes with a list of adversarial prompts"),
+        ({"adversarial": ("zxq",)}, "goes with a list of adversarial prompts"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], told: str) -> None:
@@ -113,3 +113,22 @@ def test_every_kind_of_model_starts_from_the_image_the_more_so_at_a_lower_streng
         drawn, inverse = (model.edit([i], [one.prompt], **settings) for i in (one.init, ImageOps.invert(one.init)))
         apart.append(np.abs(pixels(drawn) - pixels(inverse)).mean())
     assert apart[0] > 2 * apart[1]
+
+
+def test_prompts_that_another_row_found_on_this_model(run: Any) -> None:
+    import dataclasses
+
+    attack = Img2img(ask="adversarial", found_by="bell", strengths=(0.5,))
+    known = dataclasses.replace(concept_of(IMAGES), found_prompts=("zxq", "yyv"))
+    state = attack.prepare(target(), known, run=run)
+    asked = {
+        next(attack.search(target(), state, "a boat", generator=torch.Generator().manual_seed(seed))).prompt
+        for seed in range(12)
+    }
+    assert asked == {"zxq", "yyv"}
+    with pytest.raises(UserError, match="the row 'bell' found no prompt"):
+        attack.prepare(target(), concept_of(IMAGES), run=run)
+    with pytest.raises(ValueError, match="goes with a list of adversarial prompts, or with found_by"):
+        Img2img(ask="adversarial", adversarial=("a",), found_by="bell")
+    with pytest.raises(ValueError, match="goes with a list"):
+        Img2img(found_by="bell")

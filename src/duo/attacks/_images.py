@@ -29,8 +29,8 @@ class FromImages:
     """Edit an image of the concept, at each of several strengths: one attempt a strength, all of one image.
 
     `ask` says what the model is asked for: "empty", nothing, so that no word meets the erasure; "concept", the
-    prompt that drew the image; "base", the row's own prompt; "adversarial", one of the prompts in `adversarial`,
-    which another attack has found.
+    prompt that drew the image; "base", the row's own prompt; "adversarial", one of the prompts in `adversarial`, or of
+    those that the attack row `found_by`, which runs before, has found on this very model.
     """
 
     access: ClassVar[Access] = Access.QUERY
@@ -39,6 +39,7 @@ class FromImages:
     strengths: tuple[float, ...] = (0.3, 0.5, 0.7)  # SDEdit's: shares of the schedule that an image is noised to
     ask: str = "empty"
     adversarial: tuple[str, ...] = ()
+    found_by: str | None = None
 
     def __post_init__(self) -> None:
         check_choices(self, {"ask": ASKED})
@@ -46,8 +47,10 @@ class FromImages:
             raise ValueError(f"strengths is {self.strengths}, set one or more above 0 and at most 1")
         if len(set(self.strengths)) < len(self.strengths):
             raise ValueError(f"strengths is {self.strengths}, set each strength once")
-        if bool(self.adversarial) != (self.ask == "adversarial"):
-            raise ValueError('ask = "adversarial" and a list of adversarial prompts go together; set both, or none')
+        if bool(self.adversarial) + (self.found_by is not None) != (self.ask == "adversarial"):
+            raise ValueError(
+                'ask = "adversarial" goes with a list of adversarial prompts, or with found_by, the row that finds them'
+            )
 
     def prepare(self, target: Target, concept: Any, *, run: Run) -> dict[str, Tensor]:
         """Keep the images to start from: `{"images": (n, height, width, 3), "prompts": (n, bytes)}`, both uint8."""
@@ -56,7 +59,13 @@ class FromImages:
             raise UserError(f"concept {concept.name}: no attack_images, and this attack starts from them")
         if len(images) != len(prompts):
             raise UserError(f"concept {concept.name}: {len(images)} attack_images but {len(prompts)} attack_prompts")
-        return {"images": stacked(images), "prompts": _encoded(prompts)}
+        found = concept.found_prompts if self.found_by is not None else self.adversarial
+        if self.ask == "adversarial" and not found:
+            raise UserError(
+                f"concept {concept.name}: the row {self.found_by!r} found no prompt; run it before this one"
+            )
+        state = {"images": stacked(images), "prompts": _encoded(prompts)}
+        return {**state, "adversarial": _encoded(found)} if found else state
 
     def search(
         self, target: Target, state: Mapping[str, Tensor], prompt: str, *, generator: torch.Generator
@@ -64,7 +73,7 @@ class FromImages:
         """One attempt a strength, all of one image that `generator` draws; its number is in the record."""
         row = int(torch.randint(len(state["images"]), (1,), generator=generator))
         image = image_of(state["images"][row])
-        asked = self._asked(target, state["prompts"][row], prompt, generator)
+        asked = self._asked(target, state, state["prompts"][row], prompt, generator)
         for strength in self.strengths:
             yield Attempt(
                 prompt=asked,
@@ -76,7 +85,9 @@ class FromImages:
                 record={"image": row},
             )
 
-    def _asked(self, target: Target, own: Tensor, prompt: str, generator: torch.Generator) -> str:
+    def _asked(
+        self, target: Target, state: Mapping[str, Tensor], own: Tensor, prompt: str, generator: torch.Generator
+    ) -> str:
         """What the model is asked for instead of the row's prompt. Prompts that are refused are not taken."""
         if self.ask == "base":
             return prompt
@@ -84,7 +95,8 @@ class FromImages:
             return _decoded(own)
         if self.ask == "empty":
             return ""
-        usable = [one for one in self.adversarial if target.refused(one) is None] or self.adversarial
+        found = [_decoded(one) for one in state["adversarial"]]
+        usable = [one for one in found if target.refused(one) is None] or found
         return usable[int(torch.randint(len(usable), (1,), generator=generator))]
 
     def _mask(self, image: Image.Image) -> Image.Image | None:

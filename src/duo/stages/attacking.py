@@ -51,7 +51,24 @@ def attack(session: Session) -> None:
             if todo:
                 with session.as_model(model_name) as model:
                     for row, stage in todo:
-                        _attack_one(session, model, row, stage, model_name, knowledge)
+                        known = _with_found(session, row, model_name, knowledge)
+                        _attack_one(session, model, row, stage, model_name, known)
+
+
+def _with_found(session: Session, row: AttackRow, model_name: str, knowledge: AttackConcept) -> AttackConcept:
+    """What is known besides of prompts that the row `found_by` found on the same model."""
+    found_by = getattr(session.attacks[row.row], "found_by", None)
+    if found_by is None:
+        return knowledge
+    stage = session.dir.stage("attack", found_by, model_name)
+    if not stage.finished:
+        raise UserError(
+            f"attacks.{row.row}.found_by is {found_by!r}, which has found nothing yet; name a row before it"
+        )
+    intact_attack(stage)
+    path = stage.folder / "attempts.jsonl"
+    rows = rundir.read_jsonl(path) if path.exists() else []  # none of an attack that is not defined here
+    return replace(knowledge, found_prompts=tuple(dict.fromkeys(one["prompt"] for one in rows)))
 
 
 def attack_config(session: Session, row: AttackRow, model_name: str, erasure: str) -> dict[str, Any]:
@@ -301,7 +318,9 @@ def _attack_one(
         rundir.write_jsonl(stage.folder / "attempts.jsonl", rows)
         stage.finish(
             text_encoder=encoder,
-            search_needs_denoiser=attack.access > Access.TEXT or any(search.queries for search in found),
+            search_needs_denoiser=attack.access > Access.TEXT
+            or getattr(attack, "found_by", None) is not None
+            or any(search.queries for search in found),
             search_shared=shared,
             refused=len(refused),
             digest=images_digest(stage.folder / "images", row.images),

@@ -80,6 +80,12 @@ class Session:
         self.preservation: type[Metric] | None = self._metric("preservation")
         self.adherence: Any = self._metric("adherence")
         self._check_adherence()
+        before: set[str] = set()
+        for row in recipe.attacks:
+            found_by = getattr(self.attacks[row.row], "found_by", None)
+            if found_by is not None and found_by not in before:
+                raise UserError(f"attacks.{row.row}.found_by is {found_by!r}; name an attack row that stands before it")
+            before.add(row.row)
         for name in recipe.prompt_sets:
             if name == UNRELATED or name in self.concept.sets(validation=recipe.validation).prompts:
                 raise UserError(f"prompt_sets.{name} has the name of a set of the concept; give it another")
