@@ -33,7 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "inpaint_concept": {"strengths": [0.7]},
     "inversion_probe": {"k": 2, "rounds": 1},
 }
-LEFT_OUT = ("concept_inversion_1", "img2img_concept", "inpaint_empty", "unload_merged")
+LEFT_OUT = ("concept_inversion_1", "img2img_concept", "inpaint_empty", "unload_adapter")
 SEARCHES = ("ring_a_bell", "concept_inversion_4", "sneaky_prompt", "p4d", "unlearn_diff_atk", "pund")
 
 
