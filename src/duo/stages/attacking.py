@@ -430,8 +430,11 @@ def _prepare(session: Session, row: AttackRow, stage: Stage, target: Target, kno
     """Keep what the attack learns of the target; where it is not defined for such a model, the reason."""
     if not _state(stage).exists():
         run = session.lend(stage, session.split, row.row, "prepare")
+        began = time.monotonic()
         try:
             write_tensors(_state(stage), session.attacks[row.row].prepare(target, knowledge, run=run), {})
         except NotDefinedError as error:
             return str(error)
+        took = {"prepare": row.name, "seconds": round(time.monotonic() - began, 3)}
+        append_jsonl(stage.folder / "timings.jsonl", took)
     return None
