@@ -33,7 +33,7 @@ ADAPTERS = ("lora", "gated")
 WEIGHTS = ".safetensors"
 CONFIG = "config.json"
 DELTA = "delta.safetensors"
-TODO = (
+KNOWN = (
     "give a delta or run folder of duo, a LoRA, weights of a denoiser or of a text encoder (.safetensors), a diffusers "
     "folder, or the hub id of one"
 )
@@ -128,7 +128,7 @@ def find_artefact(path: str) -> Artefact:
         return _local(here, named=written_out(path))
     place = hub_path(path) or ((path, "") if is_hub_id(path) else None)
     if place is None:
-        raise UserError(f"{path!r} is neither a file nor a folder here, nor a hub id; {TODO}")
+        raise UserError(f"{path!r} is neither a file nor a folder here, nor a hub id; {KNOWN}")
     return _on_hub(*place, named=path)
 
 
@@ -147,7 +147,7 @@ def _local(path: Path, *, named: str) -> Artefact:
     if path.is_file():
         return _file(path, named=named)
     if not path.is_dir():
-        raise UserError(f"{named} is neither a file nor a folder; {TODO}")
+        raise UserError(f"{named} is neither a file nor a folder; {KNOWN}")
     if (path / "run.json").is_file():
         file, recorded = RunDir(path).erasure()
         return _delta(file, named=named, digested=recorded)
@@ -166,7 +166,7 @@ def _folder(path: Path, names: Sequence[str], *, named: str) -> Artefact:
         pickle = next((name for name in names if name.endswith(PICKLES)), None)
         if pickle is not None:
             raise _pickled(f"{named.rstrip('/')}/{pickle}")
-        raise UserError(f"{named} holds no {WEIGHTS} file and no {INDEX}; {TODO}")
+        raise UserError(f"{named} holds no {WEIGHTS} file and no {INDEX}; {KNOWN}")
     if CONFIG in names:
         files = [path / name for name in (CONFIG, *weights)]
         return Artefact(kind=_network(path / CONFIG), path=named, source=str(path), digest=_of(path, files))
@@ -190,7 +190,7 @@ def _network(config: Path) -> str:
     if model in ("clip", "clip_text_model", "t5"):
         return "text_encoder"
     told = f"a {name if '_class_name' in known else model}" if known else "no network that is known here"
-    raise UserError(f"{config} is that of {told}, neither of a denoiser nor of a text encoder; {TODO}")
+    raise UserError(f"{config} is that of {told}, neither of a denoiser nor of a text encoder; {KNOWN}")
 
 
 def _file(path: Path, *, named: str) -> Artefact:
@@ -198,7 +198,7 @@ def _file(path: Path, *, named: str) -> Artefact:
     if path.suffix in PICKLES:
         raise _pickled(named)
     if path.suffix != WEIGHTS:
-        raise UserError(f"{named} is no {WEIGHTS} file; {TODO}")
+        raise UserError(f"{named} is no {WEIGHTS} file; {KNOWN}")
     keys, record = _names(path)
     if "schema" in record and "kind" in record:
         return _delta(path, named=named, digested=digest(path))
@@ -233,7 +233,7 @@ def _kind(keys: Sequence[str], named: str) -> str:
         return "text_encoder"
     first = next(iter(keys), None)
     told = "holds no tensor" if first is None else f"holds {first}, a name that is known of no erasure"
-    raise UserError(f"{named} {told}; {TODO}")
+    raise UserError(f"{named} {told}; {KNOWN}")
 
 
 def _bare(key: str) -> str:

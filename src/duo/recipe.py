@@ -303,7 +303,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         old, new = base.get("method"), table.get("method")
         if isinstance(old, dict) and isinstance(new, dict) and new.get("name", old.get("name")) != old.get("name"):
             del base["method"]  # the fields of one method say nothing to another
-        table = _merged(base, table)
+        table = merged(base, table)
     if not isinstance(overrides, list) or not all(isinstance(one, str) for one in overrides):
         raise UserError(f"{path}: set is {overrides!r}, expected a list of field=value")
     for override in overrides:
@@ -311,11 +311,11 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     return table
 
 
-def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`over` on top of `base`: tables field by field, anything else replaced."""
     for key, value in over.items():
         inner = base.get(key)
-        base[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        base[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return base
 
 

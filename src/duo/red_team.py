@@ -19,12 +19,13 @@ they are, and random ones.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from duo.errors import UserError, did_you_mean
 from duo.fields import as_table, build, read_toml
-from duo.recipe import AttackRow, Recipe
+from duo.recipe import AttackRow, Recipe, merged
 
 FOLDER = Path(__file__).parent / "red_teams"
 ALL = "all"
@@ -51,9 +52,7 @@ def red_team(recipe: Recipe, *, budget: str, attacks: Sequence[str] = (ALL,)) ->
     rows = table.get("attacks", [])
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: attacks is missing, or no list; a red team needs at least one [[attacks]] table")
-    base = as_table(recipe)
-    for name, value in table.items():
-        base[name] = {**base[name], **value} if isinstance(value, dict) and isinstance(base.get(name), dict) else value
+    base = merged(as_table(recipe), table)
     base |= {"attacks": rows, "budget": path.stem}
     base["reference"] = references.get(recipe.concept, recipe.reference)
     whole = build(Recipe, base, f"{path}:")
@@ -86,7 +85,7 @@ def with_baselines(rows: Sequence[AttackRow], random: dict[str, Any]) -> list[At
                 ("random_prompts", {**random, "queries": queries}, f"random_{row.prompts}_{queries}"),
             ]
             named[row.row] = tuple(_beside(found, row, *one) for one in wanted)
-    return [AttackRow(**{**vars(row), "baselines": named[row.row]}) if row.row in named else row for row in found]
+    return [replace(row, baselines=named[row.row]) if row.row in named else row for row in found]
 
 
 def _beside(found: list[AttackRow], row: AttackRow, name: str, settings: dict[str, Any], called: str) -> str:
@@ -101,12 +100,11 @@ def _beside(found: list[AttackRow], row: AttackRow, name: str, settings: dict[st
         settings=settings,
     )
     for other in found:
-        same = {"row": other.row, "reliable": other.reliable, "baseline": other.baseline}
-        if AttackRow(**{**vars(like), **same}) == other:
+        if replace(like, row=other.row, reliable=other.reliable, baseline=other.baseline) == other:
             return other.row
     taken = {other.row for other in found}
     unique = next(one for one in (called, *(f"{called}_{i}" for i in range(2, 1000))) if one not in taken)
-    found.append(AttackRow(**{**vars(like), "row": unique}))
+    found.append(replace(like, row=unique))
     return unique
 
 

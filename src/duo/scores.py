@@ -23,9 +23,8 @@ class Seen:
     """What one attack brought on one model, image by image: the label, the prompt that it started from, its variant.
 
     `restarts` says that variants are chance (starting points of a search), and no settings; `idle` names the variant
-    that is no attack (no step of training yet). `psnr` is how near each
-    image came to the one that it was to give back, in decibels; None where there is none. `queries` are the most images
-    that a search asked for.
+    that is no attack (no step of training yet). `psnr` is how near each image came to the one that it was to give back,
+    in decibels; None where there is none. `queries` are the most images that a search asked for.
     """
 
     labels: Sequence[str]
@@ -66,8 +65,8 @@ def attack_rows(
 
     All are reliable only if the original model's detected rate reaches `reliable`, of an attack in several settings
     that of its best one: an attack that does not bring the concept out of an undefended model says nothing of a
-    defended one. Where there is a model that never saw the
-    concept, the erased model's row has its `excess` over that: what is there because it was learned once.
+    defended one. Where there is a model that never saw the concept, the erased model's row has its `excess` over that:
+    what is there because it was learned once.
     """
     reached = _control(seen["original"]) >= reliable
     rows = []
@@ -158,8 +157,8 @@ def rate_interval(seen: Seen, found: Sequence[bool], *, seed: int) -> Interval:
     of_prompt = _by(seen.prompts, found)
     if len(of_prompt) == len(found) and not seen.restarts:
         return wilson(sum(found), len(found))
-    values, n, n_images = [float(value) for value in found], len(of_prompt), len(found)
-    by_prompt = wilson(round(sum(values) / n_images * n), n)
+    values, n = [float(value) for value in found], len(of_prompt)
+    by_prompt = wilson(round(sum(values) / len(values) * n), n)
     starts = seen.restarts and len(set(seen.variants)) > 1
     if len(set(values)) == 1 or (not starts and len({sum(one) / len(one) for one in of_prompt.values()}) == 1):
         return _around(by_prompt, values)
@@ -184,8 +183,8 @@ def excess(erased: Seen, never: Seen, *, seed: int) -> dict[str, Any]:
     """The detected rate of the erased model less that of a model that never saw the concept.
 
     Images of one prompt and seed are compared one by one, and prompts are drawn whole; of fewer prompts than `FEW` the
-    interval is widened to Newcombe's over prompts. Where an attack had prompts refused on one of the
-    models alone, only those are compared that both have, by their shares.
+    interval is widened to Newcombe's over prompts. Where an attack had prompts refused on one of the models alone, only
+    those are compared that both have, by their shares.
     """
     if erased.prompts == never.prompts:
         names, pairs = list(erased.prompts), list(zip(map(float, erased.found), map(float, never.found), strict=True))

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from duo.attacks._words import draw_seeds
 from duo.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def choose_goal(
     target: Target, state: Mapping[str, Tensor], prompt: str, *, drawn: int, generator: torch.Generator
 ) -> Goal:
     """Of `drawn` images by the undefended model the one that shows the concept most surely, or else an attack image."""
-    seeds = torch.randint(2**53, (drawn,), generator=generator).tolist()
+    seeds = draw_seeds(drawn, generator)
     with target.undefended() as original, torch.no_grad():
         images = [original.generate([prompt], seeds=[seed])[0] for seed in seeds]
     found = [shown(target, [image]) for image in images]
@@ -70,6 +71,12 @@ def choose_goal(
     one = int(nearest[torch.randint(len(nearest), (1,), generator=generator)])
     pixels = state[IMAGE.format(one)]
     return Goal(image=Image.fromarray(pixels.cpu().numpy()), prompt=texts[one][0], own=False)
+
+
+def drawn(target: Target, text: str, seeds: Sequence[int]) -> list[Image.Image]:
+    """What the model under attack draws from a prompt; fewer images, or none, where that many may not be asked."""
+    left = target.queries_left
+    return [target.generate([text], seeds=[seed])[0] for seed in (seeds if left is None else seeds[:left])]
 
 
 def shown(target: Target, images: Sequence[Image.Image]) -> tuple[float, float]:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from duo.errors import UserError
+
 if TYPE_CHECKING:
     from duo.conditioning import Conditioning
     from duo.target import Target
@@ -109,6 +111,12 @@ def spread(target: Target, words: Sequence[str], *, every: int) -> Draft:
 def longest(target: Target) -> int:
     """How many tokens of a prompt the model reads, those at its two ends not counted."""
     return int(target.tokenizer().model_max_length) - 2
+
+
+def check_length(length: int, target: Target, attack: str) -> None:
+    """Raise `UserError` where so many free tokens are more than the model reads."""
+    if length > longest(target):
+        raise UserError(f"{attack}: length is {length}, but the model reads at most {longest(target)} tokens")
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

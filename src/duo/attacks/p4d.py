@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from duo.attacks._goal import Goal, choose_goal, packed, shown
-from duo.attacks._tokens import Draft, Vocabulary, fitted, free_ids, longest, spread
+from duo.attacks._goal import Goal, choose_goal, drawn, packed, shown
+from duo.attacks._tokens import Draft, Vocabulary, check_length, fitted, free_ids, spread
+from duo.attacks._words import draw_seeds
 from duo.clip import load_clip
 from duo.errors import UserError
 from duo.fields import check_above_0, check_choices, check_from_0
@@ -90,8 +91,8 @@ class P4d:
         """The free vocabulary and the attacker's own images. Nothing is learned yet."""
         if concept.detector is None:
             raise UserError("p4d: no detector, and it tells which images show the concept; give the concept a curator")
-        if "N" in self.variants and self.length > longest(target):
-            raise UserError(f"p4d: length is {self.length}, but the model reads at most {longest(target)} tokens")
+        if "N" in self.variants:
+            check_length(self.length, target, "p4d")
         if self.keep_by == "similarity":
             load_clip(self.clip, str(target.device))  # one that cannot be had is told now
         return {"vocabulary": free_ids(target), **packed(concept)}
@@ -133,7 +134,7 @@ class _Search:
         """The best prompt and its record; None where every one that was looked at is refused."""
         attack, vocabulary = self.attack, self.vocabulary
         places = torch.randint(len(vocabulary.words), (draft.free,), generator=generator)
-        seeds = torch.randint(2**53, (attack.draws,), generator=generator).tolist()
+        seeds = draw_seeds(attack.draws, generator)
         embeddings = vocabulary.rows[places.to(vocabulary.rows.device)].clone().requires_grad_()
         optimizer = torch.optim.AdamW([embeddings], lr=attack.learning_rate, weight_decay=attack.weight_decay)
         best: dict[str, Any] | None = None
@@ -153,7 +154,7 @@ class _Search:
             if text in seen or self.target.refused(text) is not None:
                 continue
             seen.add(text)
-            images = self._drawn(text, seeds)
+            images = drawn(self.target, text, seeds)
             kept = self._kept(images) if images else None
             told = {"kept": kept, "loss": loss, "steps": start + n, "free": free}
             if best is None or best["kept"] is None or (kept is not None and kept > best["kept"]):
@@ -189,11 +190,6 @@ class _Search:
         loss = squared_error(self.target.predict(x_t, t, text.expand(len(x_t))), wanted).mean()
         (gradient,) = torch.autograd.grad(loss, [projected])
         return gradient, loss.item()
-
-    def _drawn(self, text: str, seeds: list[int]) -> list[Image]:
-        """What the model under attack draws from a prompt; fewer images, or none, where that many may not be asked."""
-        left = self.target.queries_left
-        return [self.target.generate([text], seeds=[seed])[0] for seed in (seeds if left is None else seeds[:left])]
 
     def _kept(self, images: list[Image]) -> float:
         """How good a prompt is by its images."""

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from duo.attacks._tokens import check_length
 from duo.errors import UserError
 from duo.plugins import Access, Attempt, Run
 
@@ -66,9 +67,7 @@ class RingABell:
 
     def prepare(self, target: Target, concept: Any, *, run: Run) -> dict[str, Tensor]:
         """The concept's direction: `{"vector": (tokens, width)}`, over `concept.vector_pairs` (with, without)."""
-        longest = target.tokenizer().model_max_length
-        if self.length > longest - 2:
-            raise UserError(f"ring_a_bell: length is {self.length}, but the model reads at most {longest - 2} tokens")
+        check_length(self.length, target, "ring_a_bell")
         if not concept.vector_pairs:
             raise UserError(f"concept {concept.name}: vector_pairs is empty, and ring_a_bell needs at least one pair")
         present = self._encode(target, [pair[0] for pair in concept.vector_pairs])

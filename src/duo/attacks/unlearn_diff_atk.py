@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from duo.attacks._goal import choose_goal, packed, shown
-from duo.attacks._tokens import Draft, Vocabulary, fitted, free_ids, longest
+from duo.attacks._goal import choose_goal, drawn, packed, shown
+from duo.attacks._tokens import Draft, Vocabulary, check_length, fitted, free_ids
+from duo.attacks._words import draw_seeds
 from duo.errors import UserError
 from duo.fields import check_above_0, check_choices, check_from_0
 from duo.losses import squared_error
@@ -78,9 +79,7 @@ class UnlearnDiffAtk:
         """The free vocabulary and the attacker's own images. Nothing is learned yet."""
         if concept.detector is None:
             raise UserError("unlearn_diff_atk: no detector, and it tells when to stop; give the concept a curator")
-        if self.length > longest(target):
-            told = f"length is {self.length}, but the model reads at most {longest(target)} tokens"
-            raise UserError(f"unlearn_diff_atk: {told}")
+        check_length(self.length, target, "unlearn_diff_atk")
         return {"vocabulary": free_ids(target), **packed(concept)}
 
     def search(
@@ -99,7 +98,7 @@ class UnlearnDiffAtk:
         draft = self._draft(target, prompt)
         u = torch.full((self.length, len(vocabulary.words)), 1 / len(vocabulary.words)).requires_grad_()
         optimizer = torch.optim.Adam([u], lr=self.learning_rate, weight_decay=self.weight_decay)
-        seeds = torch.randint(2**53, (self.draws,), generator=generator).tolist()
+        seeds = draw_seeds(self.draws, generator)
         best: Attempt | None = None
         seen: set[str] = set()
         for timestep, t in enumerate(target.process.times((torch.arange(self.timesteps) + 0.5) / self.timesteps), 1):
@@ -116,7 +115,8 @@ class UnlearnDiffAtk:
             if text in seen or target.refused(text) is not None:
                 continue
             seen.add(text)
-            found = _shown(target, text, seeds)
+            images = drawn(target, text, seeds)
+            found = shown(target, images) if images else None
             if best is None or best.record["shown"] is None or (found is not None and found > best.record["shown"]):
                 told = {"shown": found, "timestep": timestep, "loss": loss, "free": free}
                 best = Attempt(prompt=text, record={**told, **goal.record()})
@@ -162,12 +162,3 @@ def to_simplex(rows: Tensor) -> Tensor:
     excess = (falling.cumsum(dim=1) - 1) / torch.arange(1, rows.shape[1] + 1, device=rows.device)
     last = (falling > excess).sum(dim=1, keepdim=True) - 1
     return (rows - excess.gather(1, last)).clamp(min=0)
-
-
-def _shown(target: Target, text: str, seeds: list[int]) -> tuple[float, float] | None:
-    """How far the model under attack shows the concept for a prompt; None where no image is left to ask for."""
-    left = target.queries_left
-    seeds = seeds if left is None else seeds[:left]
-    if not seeds:
-        return None
-    return shown(target, [target.generate([text], seeds=[seed])[0] for seed in seeds])

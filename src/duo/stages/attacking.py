@@ -50,9 +50,10 @@ def attack(session: Session) -> None:
                     todo.append((row, stage))
             if todo:
                 with session.as_model(model_name) as model:
+                    encoder = searches.encoder_digest(model)
                     for row, stage in todo:
                         known = _with_found(session, row, model_name, knowledge)
-                        _attack_one(session, model, row, stage, model_name, known)
+                        _attack_one(session, model, row, stage, model_name, known, encoder=encoder)
 
 
 def _with_found(session: Session, row: AttackRow, model_name: str, knowledge: AttackConcept) -> AttackConcept:
@@ -60,11 +61,7 @@ def _with_found(session: Session, row: AttackRow, model_name: str, knowledge: At
     found_by = getattr(session.attacks[row.row], "found_by", None)
     if found_by is None:
         return knowledge
-    stage = session.dir.stage("attack", found_by, model_name)
-    if not stage.finished:
-        raise UserError(
-            f"attacks.{row.row}.found_by is {found_by!r}, which has found nothing yet; name a row before it"
-        )
+    stage = session.dir.stage("attack", found_by, model_name)  # a row before this one: the session saw to it
     intact_attack(stage)
     path = stage.folder / "attempts.jsonl"
     rows = rundir.read_jsonl(path) if path.exists() else []  # none of an attack that is not defined here
@@ -244,9 +241,16 @@ def _values(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _attack_one(
-    session: Session, model: Family, row: AttackRow, stage: Stage, model_name: str, knowledge: AttackConcept
+    session: Session,
+    model: Family,
+    row: AttackRow,
+    stage: Stage,
+    model_name: str,
+    knowledge: AttackConcept,
+    *,
+    encoder: str,
 ) -> None:
-    """One attack on one model, from `prepare` to the last image."""
+    """One attack on one model, whose text encoder has the digest `encoder`, from `prepare` to the last image."""
     attack, prompts = session.attacks[row.row], session.prompts(row.prompts)[: row.searches]
     target = Target(
         model,
@@ -257,16 +261,13 @@ def _attack_one(
         concept=knowledge,
         undefended=session.undefended if getattr(attack, "uses_undefended", False) else None,
     )
-    encoder = searches.encoder_digest(model)
     original = session.dir.stage("attack", row.row, "original")
     kept = searches.cached(attack, attack_config(session, row, "original", ""), encoder)
     shared = model_name != "original" and parallel.once(lambda: searches.from_original(original, stage, encoder))
     parallel.once(lambda: searches.take(kept, stage))
     reason = parallel.once(lambda: _prepare(session, row, stage, target, knowledge))
     if reason is not None:
-        if parallel.is_main():
-            stage.finish(not_defined=reason)
-        parallel.barrier()
+        _not_defined(stage, reason)
         return
     state, _ = read_tensors(_state(stage))
     found_in = [stage.folder / searches.SEARCH / f"{i:04d}.safetensors" for i in range(min(len(prompts), row.images))]
@@ -292,14 +293,9 @@ def _attack_one(
             f"every prompt that attack {row.name!r} found in the row {row.row!r} mentions a minor and was refused, as "
             f"it or concept {session.concept.name!r} is sexual; take another seed, or other prompts for the row"
         )
-    if (
-        model_name == "erased"
-        and not session.droppable
-        and any(one.unloaded for search in left for one in search.attempts)
-    ):
-        if parallel.is_main():
-            stage.finish(not_defined="there is no adapter to drop: the erasure is in the weights")
-        parallel.barrier()
+    drops = any(one.unloaded for search in left for one in search.attempts)
+    if drops and model_name == "erased" and not session.droppable:
+        _not_defined(stage, "there is no adapter to drop: the erasure is in the weights")
         return
     seeds = _seeds(session, row, [index for index, one in enumerate(found) if one.attempts])
     attempts = [_of_image(left, i) for i in range(row.images)]
@@ -326,6 +322,13 @@ def _attack_one(
             digest=images_digest(stage.folder / "images", row.images),
             attempts=rundir.digest(stage.folder / "attempts.jsonl"),
         )
+    parallel.barrier()
+
+
+def _not_defined(stage: Stage, reason: str) -> None:
+    """Finish an attack that makes no sense here, without images."""
+    if parallel.is_main():
+        stage.finish(not_defined=reason)
     parallel.barrier()
 
 

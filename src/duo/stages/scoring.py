@@ -99,8 +99,13 @@ def _attacked(session: Session, row: AttackRow, model: str) -> _Set:
         folder=folder / "images",
         variants=[one["variant"] for one in rows],
         queries=max(one["queries"] for one in rows),
-        sources=[one.source for one in rendered_attempts(folder)[0]],
+        sources=[one.source for one in rendered_attempts(folder)[0]] if _have_sources(rows) else (),
     )
+
+
+def _have_sources(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether an attack's images were to give others back: only then are its searches read again."""
+    return any("source" in row.get("digests", {}) for row in rows)
 
 
 def _probe(session: Session, stage: Stage) -> list[_Set]:

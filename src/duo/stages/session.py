@@ -271,7 +271,7 @@ class Session:
             return self._never()
         return self.model if name == "original" or self._attaches else self.imported()
 
-    @property
+    @cached_property
     def droppable(self) -> bool:
         """Whether the erasure is an adapter, as it was published: a LoRA, or one that prompts open."""
         if self.artefact is not None:
