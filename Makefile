@@ -41,7 +41,7 @@ results: .venv/installed
 	@touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,nudenet]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,nudenet,app,ray]'
 	@touch $@
 
 clean:
