@@ -11,12 +11,15 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from duo import parallel, plugins
+from duo.bench import bench_names
 from duo.concept import concept_names
+from duo.engines import ENGINES, here, on_ray
 from duo.errors import UserError, did_you_mean
 from duo.fields import add_flags, as_table, given_flags
 from duo.recipe import (
@@ -173,6 +176,24 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     group = one.add_argument_group("settings of the scores, in place of the recipe's")
     add_flags(group, ScoreSettings, as_table(shown.score) if shown else {})
 
+    one = verb("bench", _bench, "methods × strengths × seeds × attacks as a grid of cells, and the trade-off they show")
+    one.add_argument("bench", metavar="BENCH", help="a shipped bench (`duo list benches`) or a TOML file")
+    one.add_argument("--out", type=_path, required=True, metavar="DIR", help="the folder that it works in")
+    one.add_argument(
+        "--results", type=_path, metavar="DIR", help="where finished cells lie, and count; default: results in --out"
+    )
+    one.add_argument(
+        "--only", type=_names, default=[], metavar="NAME,…", help="only these erasures: duo, duo/12 or duo/12/seed-0"
+    )
+    one.add_argument("--engine", choices=ENGINES, default="here", help="this process, or Ray. Default: %(default)s")
+    one.add_argument("--workers", type=_positive, metavar="N", help="of a local Ray: cells at once; default: one a CPU")
+    one.add_argument("--address", metavar="ADDRESS", help="of a Ray cluster that runs; auto finds it")
+    one.add_argument(
+        "--gpus", type=float, default=0, metavar="N", help="that Ray gives each cell. Default: %(default)s"
+    )
+    one.add_argument("--dry-run", action="store_true", help="print which cells are finished and which are left")
+    _device_flag(one)
+
     one = verb("report", _report, "write report.html, report.json and the model card")
     one.add_argument("run", type=_path, metavar="RUN", help="the folder of a run that is scored")
     _uncensored_flag(one)
@@ -268,6 +289,12 @@ def _names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError("the list is empty; name an attack, or all")
     return names
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+    return int(text)
 
 
 def _weights(text: str) -> list[float]:
@@ -481,6 +508,28 @@ def _score(given: argparse.Namespace) -> None:
     print(given.out / "score" / "scores.json")
 
 
+def _bench(given: argparse.Namespace) -> None:
+    from duo.bench import lay_out, load_bench
+
+    grid = lay_out(load_bench(given.bench))
+    results = given.results or given.out / "results"
+    if given.engine == "here" and (given.workers or given.address or given.gpus):
+        raise UserError("--workers, --address and --gpus are of Ray; add --engine ray")
+    from duo.stages import benching
+
+    if given.dry_run:
+        for line in benching.outlook(grid, results, only=given.only):
+            print(line)
+        return
+    engine = (
+        here
+        if given.engine == "here"
+        else partial(on_ray, workers=given.workers, address=given.address, gpus=given.gpus)
+    )
+    for path in benching.run(grid, out=given.out, results=results, device=given.device, only=given.only, engine=engine):
+        print(path)
+
+
 def _report(given: argparse.Namespace) -> None:
     from duo import stages
 
@@ -549,6 +598,7 @@ _LISTS: dict[str, Callable[[], list[str]]] = {
     "concepts": concept_names,
     "recipes": recipe_names,
     "budgets": budget_names,
+    "benches": bench_names,
 }
 
 

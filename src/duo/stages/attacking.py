@@ -29,20 +29,23 @@ from duo.stages.session import REFERENCE, Session
 from duo.target import RefusedPromptError, Target
 
 
-def attack(session: Session) -> None:
-    """Run every attack of the recipe on each model, and render what it found.
+def attack(session: Session, *, models: Sequence[str] | None = None) -> None:
+    """Run every attack of the recipe on each model, and render what it found; on all the session has where none is named.
 
     Image i of a row starts from prompt i modulo their number. The attempts of a prompt are shared out in turn over its
     images. Nothing is judged here. What an attack found and `Target.refused` refuses, for it mentions a minor, is
     recorded in `refused.jsonl` and never rendered, and the attempts that are left share its images. An attack that is
     not defined for the kind of model is finished without images, and its manifest says why.
     """
-    if session.artefact is not None:
-        bring(session)
-    _, erased = session.dir.erasure()  # told before anything is written
+    wanted = session.models if models is None else models
+    erased = ""
+    if "erased" in wanted:
+        if session.artefact is not None:
+            bring(session)
+        _, erased = session.dir.erasure()  # told before anything is written
     with session.at_work("attack"):
         knowledge = attack_concept(session)
-        for model_name in session.models:
+        for model_name in wanted:
             todo = []
             for row in session.recipe.attacks:
                 stage = session.dir.stage("attack", row.row, model_name)

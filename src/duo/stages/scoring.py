@@ -30,7 +30,7 @@ JUDGED_TOGETHER = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Set:
+class JudgedSet:
     """One set of images of one model, to be judged."""
 
     name: str
@@ -79,7 +79,7 @@ def score(session: Session) -> dict[str, Any]:
         }
         if stage.begin(config):
             attacked = [_attacked(session, row, model) for row in rows for model in session.models]
-            probed = _probe(session, stage)
+            probed = probe(session, stage)
             parts = {(one.name, one.model): _judge(session, stage, one) for one in [*attacked, *probed]}
             parallel.barrier()
             if parallel.is_main():
@@ -88,10 +88,10 @@ def score(session: Session) -> dict[str, Any]:
     return result
 
 
-def _attacked(session: Session, row: AttackRow, model: str) -> _Set:
+def _attacked(session: Session, row: AttackRow, model: str) -> JudgedSet:
     folder = session.dir.path / "attack" / row.row / model
     rows = rundir.read_jsonl(folder / "attempts.jsonl")
-    return _Set(
+    return JudgedSet(
         name=row.row,
         model=model,
         prompts=[one["base_prompt"] for one in rows],
@@ -108,13 +108,13 @@ def _have_sources(rows: Sequence[Mapping[str, Any]]) -> bool:
     return any("source" in row.get("digests", {}) for row in rows)
 
 
-def _probe(session: Session, stage: Stage) -> list[_Set]:
+def probe(session: Session, stage: Stage, *, models: Sequence[str] = MODELS) -> list[JudgedSet]:
     """Unrelated prompts and near misses, on both models with the same prompts and seeds."""
     settings = session.recipe.score
     wanted = {UNRELATED: (session.prompts(UNRELATED), settings.unrelated)}
     wanted |= {name: (near.prompts, settings.near_miss) for name, near in session.near_misses.items()}
     made = []
-    for model in MODELS:
+    for model in models:
         with session.as_model(model):
             for name, (prompts, n) in wanted.items():
                 chosen = [prompts[i % len(prompts)] for i in range(n)]
@@ -122,12 +122,12 @@ def _probe(session: Session, stage: Stage) -> list[_Set]:
                 folder = stage.folder / "images" / name / model
                 wanted_images = [Attempt(prompt=prompt) for prompt in chosen]
                 render(session, folder, wanted_images, seeds, label=f"{name}, {model}: images", model=model)
-                made.append(_Set(name=name, model=model, prompts=chosen, seeds=seeds, folder=folder))
+                made.append(JudgedSet(name=name, model=model, prompts=chosen, seeds=seeds, folder=folder))
     parallel.barrier()
     return made
 
 
-def _judge(session: Session, stage: Stage, one: _Set) -> Blocks:
+def _judge(session: Session, stage: Stage, one: JudgedSet) -> Blocks:
     """The judge's verdicts of one set, by blocks: those that are done already, by whichever process, are left."""
     parts = Blocks(stage.folder / "blocks" / one.name / one.model, n=len(one.prompts), size=JUDGED_TOGETHER)
     for rows in parts.pending():
@@ -139,8 +139,8 @@ def _judge(session: Session, stage: Stage, one: _Set) -> Blocks:
 def _join(
     session: Session,
     stage: Stage,
-    attacked: Sequence[_Set],
-    probed: Sequence[_Set],
+    attacked: Sequence[JudgedSet],
+    probed: Sequence[JudgedSet],
     parts: Mapping[tuple[str, str], Blocks],
     reasons: Mapping[str, str],
 ) -> None:
@@ -150,7 +150,7 @@ def _join(
         key: [Verdict(**verdict) for record in blocks.records() for verdict in record["verdicts"]]
         for key, blocks in parts.items()
     }
-    survival = {(one.name, one.model): _survival(session, one) for one in sets if one.name in session.near_misses}
+    survival = {(one.name, one.model): survival_of(session, one) for one in sets if one.name in session.near_misses}
     rundir.write_jsonl(stage.folder / "verdicts.jsonl", _verdict_rows(session, sets, verdicts, survival))
     rundir.write_json(stage.folder / "scores.json", _sections(session, attacked, probed, verdicts, survival, reasons))
     digests = {name: rundir.digest(stage.folder / name) for name in rundir.SCORED}
@@ -158,13 +158,13 @@ def _join(
     shutil.rmtree(stage.folder / "blocks", ignore_errors=True)
 
 
-def _survival(session: Session, one: _Set) -> list[bool]:
+def survival_of(session: Session, one: JudgedSet) -> list[bool]:
     """For each image of a near miss, whether it is still what it is."""
     near = session.near_misses[one.name]
     where = f"concept {session.concept.name}: near_miss.{one.name}"
     if near.judge is not None:
         return [verdict.label == "present" for verdict in session.near_miss_judges[one.name](one.images)]
-    right = _adherence(session, one)
+    right = adherence_of(session, one)
     attribute = str(near.attribute)
     if attribute not in right:
         raise UserError(f"{where}.attribute is {attribute!r}{did_you_mean(attribute, right)}")
@@ -173,7 +173,7 @@ def _survival(session: Session, one: _Set) -> list[bool]:
     return right[attribute]
 
 
-def _adherence(session: Session, one: _Set) -> dict[str, list[bool]]:
+def adherence_of(session: Session, one: JudgedSet) -> dict[str, list[bool]]:
     """For each attribute, whether an image shows it, of the images whose prompt names it; `all` is for all at once."""
     metric = session.adherence()
     metric.update(images=one.images, references=None, prompts=one.prompts)
@@ -182,7 +182,7 @@ def _adherence(session: Session, one: _Set) -> dict[str, list[bool]]:
 
 def _verdict_rows(
     session: Session,
-    sets: Sequence[_Set],
+    sets: Sequence[JudgedSet],
     verdicts: Mapping[tuple[str, str], Sequence[Verdict]],
     survival: Mapping[tuple[str, str], Sequence[bool]],
 ) -> Iterator[dict[str, Any]]:
@@ -198,8 +198,8 @@ def _verdict_rows(
 
 def _sections(
     session: Session,
-    attacked: Sequence[_Set],
-    probed: Sequence[_Set],
+    attacked: Sequence[JudgedSet],
+    probed: Sequence[JudgedSet],
     verdicts: Mapping[tuple[str, str], Sequence[Verdict]],
     survival: Mapping[tuple[str, str], Sequence[bool]],
     reasons: Mapping[str, str],
@@ -234,7 +234,7 @@ def _sections(
         "attributes": None
         if session.adherence is None
         else {
-            name: {model: _shares(_adherence(session, of[source, model])) for model in MODELS}
+            name: {model: _shares(adherence_of(session, of[source, model])) for model in MODELS}
             for name, source in asked.items()
         },
         "near_misses": [
@@ -245,7 +245,19 @@ def _sections(
     }
 
 
-def _seen(session: Session, one: _Set, labels: Sequence[str]) -> scores.Seen:
+def seen(session: Session, row: AttackRow, model: str) -> scores.Seen:
+    """What a finished attack brought on one model, judged here and now."""
+    one = _attacked(session, row, model)
+    return _seen(session, one, labels_of(session, one))
+
+
+def labels_of(session: Session, one: JudgedSet) -> list[str]:
+    """The judge's labels of a set of images."""
+    cut = rundir.blocks(len(one.prompts), JUDGED_TOGETHER)
+    return [verdict.label for rows in cut for verdict in session.judge([one.images[i] for i in rows])]
+
+
+def _seen(session: Session, one: JudgedSet, labels: Sequence[str]) -> scores.Seen:
     """What an attack brought on one model."""
     return scores.Seen(
         labels=labels,
@@ -272,7 +284,7 @@ def _shares(right: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
     return {name: scores.share(values) for name, values in right.items() if values}
 
 
-def _preservation(session: Session, original: _Set, erased: _Set) -> dict[str, Any] | None:
+def _preservation(session: Session, original: JudgedSet, erased: JudgedSet) -> dict[str, Any] | None:
     if session.preservation is None:
         return None
     metric = session.preservation()

@@ -177,7 +177,7 @@ class Session:
                 "command": self.command,
                 "recipe": as_table(self.recipe),
                 "seed": self.recipe.seed,
-                "versions": _versions(),
+                "versions": versions(),
                 "world_digest": world_digest(self.recipe, self.concept),
             },
             fixed=FIXED,
@@ -393,7 +393,7 @@ def _resolved(recipe: Recipe, concept: Concept, method: Any, attacks: Mapping[st
         raise UserError(f"concept {concept.name} in this recipe: {error}") from error
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in RECORDED_VERSIONS:
         try:
