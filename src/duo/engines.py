@@ -31,13 +31,12 @@ def on_ray(
     address: str | None = None,
     gpus: float = 0,
 ) -> None:
-    """Units as tasks of Ray, each as soon as those that it needs are done, on `gpus` GPUs and `unit.threads` CPUs each.
+    """Units as tasks of Ray, each once those that it needs are done, on `unit.threads` CPUs and `gpus` GPUs each.
 
     `address` is that of a cluster that runs ("auto" finds it); without one a local one of `workers` × threads CPUs is
     started (all that there are where None), and stopped at the end. Raises `UserError` where Ray is not there.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
-    # A worker that dies for want of memory is started again; one whose driver was killed must not go on for long.
     try:
         import ray
     except ImportError as error:
@@ -61,26 +60,37 @@ def on_ray(
 
 
 def _all(ray: Any, units: Sequence[Any], work: Any, told: Callable[[Any], None], *, gpus: float) -> None:
-    # The names of what a unit needs are handed over too: Ray waits for them, and where one failed so do its followers.
-    task = ray.remote(lambda unit, *_before: work(unit))
-    made: dict[str, Any] = {}
-    for unit in units:
-        before = [made[name] for name in unit.needs if name in made]
-        made[unit.name] = task.options(num_cpus=unit.threads, num_gpus=gpus, name=unit.name).remote(unit, *before)
-    left = {reference: unit for unit, reference in zip(units, made.values(), strict=True)}
-    while left:
-        done, _ = ray.wait(list(left), num_returns=1)
-        for reference in done:
+    """Hand out units in their order, each once what it needs is done, and no more at once than there is room for.
+
+    Ray itself would start whatever waits for nothing: every erasure before the first attack.
+    """
+    task = ray.remote(lambda unit: work(unit))
+    room, left = _room(ray, units, gpus), list(units)
+    missing = {unit.name for unit in units}
+    running: dict[Any, Any] = {}
+    while left or running:
+        for unit in [one for one in left if not missing.intersection(one.needs)][: room - len(running)]:
+            left.remove(unit)
+            running[task.options(num_cpus=unit.threads, num_gpus=gpus, name=unit.name).remote(unit)] = unit
+        for reference in ray.wait(list(running), num_returns=1)[0]:
             try:
                 ray.get(reference)
             except ray.exceptions.RayTaskError as error:
-                raise _cause(error) from error
-            told(left.pop(reference))
+                raise error.cause from error
+            unit = running.pop(reference)
+            missing.discard(unit.name)
+            told(unit)
 
 
-def _cause(error: Any) -> BaseException:
-    """What went wrong in a task, through those that waited for it."""
-    cause = error
-    while hasattr(cause, "cause") and isinstance(cause.cause, BaseException):
-        cause = cause.cause
-    return cause if isinstance(cause, BaseException) else RuntimeError(str(error))
+def _room(ray: Any, units: Sequence[Any], gpus: float) -> int:
+    """How many units the cluster can hold at once; a `UserError` where that is none."""
+    has, threads = ray.cluster_resources(), max((unit.threads for unit in units), default=1)
+    room = int(has.get("CPU", 0) // threads)
+    if gpus:
+        room = min(room, int(has.get("GPU", 0) / gpus))
+    if room < 1:
+        raise UserError(
+            f"--engine ray: a cell takes {threads} CPUs and {gpus:g} GPUs, and there are {has.get('CPU', 0):g} and "
+            f"{has.get('GPU', 0):g}; lower threads in the bench or --gpus, or add machines"
+        )
+    return room

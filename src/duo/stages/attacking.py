@@ -30,7 +30,7 @@ from duo.target import RefusedPromptError, Target
 
 
 def attack(session: Session, *, models: Sequence[str] | None = None) -> None:
-    """Run every attack of the recipe on each model, and render what it found; on all the session has where none is named.
+    """Run every attack of the recipe on each model, or on those of `models`, and render what it found.
 
     Image i of a row starts from prompt i modulo their number. The attempts of a prompt are shared out in turn over its
     images. Nothing is judged here. What an attack found and `Target.refused` refuses, for it mentions a minor, is
