@@ -233,13 +233,14 @@ def test_a_bench_that_was_stopped_goes_on_and_ends_with_the_same_cells(grid: Gri
     results = make(grid, tmp_path / "out")
     assert cells(results) == whole
     done = [row["unit"] for row in rundir.read_jsonl(results / "timings.jsonl")]
-    made = [name for name in done if (results / f"{name}.json").exists()]
-    assert len(made) == len(set(made))  # no cell was made twice
+    assert len(done) == len(set(done))  # nothing was made twice
 
 
 def test_finished_cells_stand_without_their_folders(grid: Grid, tmp_path: Path) -> None:
     results = make(grid, tmp_path / "one", only=["nudge"])
-    assert benching.outlook(grid, results)[-1].startswith("27 of 31 cells are finished")
+    told = benching.outlook(grid, out=tmp_path / "two", results=results)
+    assert told[-1] == "20 of 24 cells are finished; 11 pieces of work are left"  # the shared ones are to be made again
+    assert benching.outlook(grid, out=tmp_path / "one", results=results)[-1].endswith("5 pieces of work are left")
     benching.run(grid, out=tmp_path / "two", results=results, device="cpu", engine=here)
     assert not (tmp_path / "two" / "work" / "nudge").exists()
     assert cells(results) == cells(make(grid, tmp_path / "whole"))

@@ -518,7 +518,7 @@ def _bench(given: argparse.Namespace) -> None:
     from duo.stages import benching
 
     if given.dry_run:
-        for line in benching.outlook(grid, results, only=given.only):
+        for line in benching.outlook(grid, out=given.out, results=results, only=given.only):
             print(line)
         return
     engine = (

@@ -97,10 +97,11 @@ def units(grid: Grid) -> dict[str, Unit]:
     return made
 
 
-def to_do(grid: Grid, results: Path, *, points: Sequence[Point]) -> list[Unit]:
-    """The units that the unfinished cells of these points need, in an order in which they can be made.
+def to_do(grid: Grid, *, out: Path, results: Path, points: Sequence[Point]) -> list[Unit]:
+    """The units that are left to do for the cells of these points, in an order in which they can be done.
 
-    Raises `UserError` where a finished cell is of other settings.
+    What is shared counts as done where its folder is still there. Raises `UserError` where a finished cell is of other
+    settings.
     """
     every = units(grid)
     of = {point.name for point in points}
@@ -110,7 +111,8 @@ def to_do(grid: Grid, results: Path, *, points: Sequence[Point]) -> list[Unit]:
         if name not in wanted:
             wanted.add(name)
             for needed in every[name].needs:
-                want(needed)
+                if not _done(out, needed).exists():
+                    want(needed)
 
     for name, unit in every.items():
         if unit.cells and (unit.point is None or unit.point.name in of) and not _finished(unit, results):
@@ -144,7 +146,7 @@ def run(grid: Grid, *, out: Path, results: Path, device: str, engine: Engine, on
     points = chosen(grid.points, only)
     usable_device(device)
     with rundir.RunDir(out).locked():
-        todo = to_do(grid, results, points=points)
+        todo = to_do(grid, out=out, results=results, points=points)
         rundir.write_json(results / "bench.json", grid.record())
         every = sum(len(unit.cells) for unit in units(grid).values())
 
@@ -157,9 +159,9 @@ def run(grid: Grid, *, out: Path, results: Path, device: str, engine: Engine, on
     return []
 
 
-def outlook(grid: Grid, results: Path, *, only: Sequence[str] = ()) -> list[str]:
+def outlook(grid: Grid, *, out: Path, results: Path, only: Sequence[str] = ()) -> list[str]:
     """What is finished and what is left, in lines to print."""
-    todo = to_do(grid, results, points=chosen(grid.points, only))
+    todo = to_do(grid, out=out, results=results, points=chosen(grid.points, only))
     every = sum(len(unit.cells) for unit in units(grid).values())
     lines = [f"{unit.name}{'' if unit.cells else ' (shared)'}" for unit in todo]
     return [*lines, f"{counted(grid, results)} of {every} cells are finished; {len(todo)} pieces of work are left"]
@@ -192,10 +194,16 @@ def work(unit: Unit, *, out: Path, results: Path, device: str) -> None:
         session = Session(unit.recipe, folder, device=device, model=model, command=f"duo bench {unit.bench}")
         for cell, found in KINDS[unit.kind](session, unit):
             rundir.write_json(results / cell, {**_head(unit, cell), **found})
+        rundir.write_bytes(_done(out, unit.name), b"")
     finally:
         torch.set_num_threads(threads)
     row = {"unit": unit.name, "seconds": round(time.monotonic() - clock, 1), "started": round(started)}
     rundir.append_jsonl(results / "timings.jsonl", {**row, "host": socket.gethostname(), "pid": os.getpid()})
+
+
+def _done(out: Path, name: str) -> Path:
+    """An empty file in a unit's folder that says that all of it is there."""
+    return out / "work" / name / "done"
 
 
 @lru_cache(maxsize=1)
