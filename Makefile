@@ -3,7 +3,7 @@
 # make check   the same without the set-up: for a working tree that is installed
 #              (where runs/demo is of other settings or versions it stops and says so: `make clean`, then again)
 # make tune    search the demo's values again (hours)
-# make results make the published numbers again but for those that docs/results/README.md lists (hours)
+# make results make the published numbers again but for those that docs/results.md lists (hours)
 # make clean   remove what these made, .venv and runs/demo included
 
 PYTHON ?= python3
