@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from duo.errors import UserError
-from duo.fields import LeafConfig, add_flags, as_table, build, given_flags, read_value
+from duo.fields import LeafConfig, add_flags, as_said, as_table, build, given_flags, read_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +124,10 @@ def test_flags_hold_only_what_was_given() -> None:
 )
 def test_values_are_read_as_toml(text: str, value: object) -> None:
     assert read_value(text) == value
+
+
+def test_what_a_record_says_leaves_out_defaults_and_keeps_the_rest() -> None:
+    assert as_said(Outer(rate=1.0)) == {"rate": 1.0}
+    outer = Outer(rate=1.0, inner=Inner(width=2), leaf=LeafConfig(name="duo", settings={"beta": 1.0}))
+    assert as_said(outer) == {"rate": 1.0, "inner": {"width": 2}, "leaf": {"name": "duo", "beta": 1.0}}
+    assert as_said([Outer(rate=0.5, words=("x",)), Path("a")]) == [{"rate": 0.5, "words": ["x"]}, "a"]

@@ -110,6 +110,28 @@ def as_table(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def as_said(value: Any) -> Any:
+    """As `as_table`, but without the fields of dataclasses that have their defaults: what a record says for itself.
+
+    A digest of it stays the same where a later version of duo has more fields.
+    """
+    if isinstance(value, _Tabled):
+        return as_said(value.table())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        defaults = {field.name: _default(field) for field in dataclasses.fields(value)}
+        return {name: as_said(item) for name, item in fields.items() if item != defaults[name]}
+    if isinstance(value, Mapping):
+        return {str(key): as_said(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_said(item) for item in value]
+    return as_table(value)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def add_flags(
     parser: argparse.ArgumentParser | argparse._ArgumentGroup, cls: type, values: Mapping[str, Any] | None = None
 ) -> None:

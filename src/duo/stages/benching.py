@@ -22,7 +22,7 @@ from duo import rundir
 from duo.bench import NEVER, ORIGINAL, PRESERVED, SCHEMA, Grid, Point, chosen
 from duo.concept import load_concept
 from duo.errors import UserError
-from duo.fields import as_table
+from duo.fields import as_said, as_table
 from duo.models import load_family, usable_device
 from duo.plugins import Family
 from duo.recipe import AttackRow, Recipe
@@ -321,13 +321,15 @@ def _head(unit: Unit, cell: str) -> dict[str, Any]:
 
 
 def _config(unit: Unit, cell: str) -> str:
-    """A digest of all that decides what a cell holds, but for versions, weights of real models and the machine."""
-    recipe = as_table(unit.recipe)
+    """A digest of all that decides what a cell holds, but for versions, weights of real models and the machine.
+
+    Fields that have their defaults are left out, so that cells outlive versions of duo in which there are more.
+    """
+    recipe = unit.recipe
     names = [*DRAWN, *(ERASED if unit.point is not None else ()), *(["reference"] if NEVER in Path(cell).parts else ())]
-    what = {name: recipe[name] for name in names}
-    what["attacks" if recipe["attacks"] else "score"] = recipe["attacks"] or recipe["score"]
-    what |= {"prompt_sets": recipe["prompt_sets"], "reliable": recipe["score"]["reliable"]}
-    return rundir.digest({**what, **_world(unit.recipe), "threads": unit.threads})
+    what = {name: as_said(getattr(recipe, name)) for name in (*names, "prompt_sets", "attacks")}
+    what |= {"reliable": recipe.score.reliable} if recipe.attacks else {"score": as_said(recipe.score)}
+    return rundir.digest({**what, **_world(recipe), "threads": unit.threads})
 
 
 def _world(recipe: Recipe) -> dict[str, Any]:
@@ -339,7 +341,7 @@ def _digests(concept: str, model: str) -> tuple[tuple[str, str | None], ...]:
     """Of the concept file's contents, and of the embedded world where that has a part."""
     loaded = load_concept(concept)
     world = world_digest(Recipe(concept=concept, model=model, erased="-"), loaded)
-    return ("concept_digest", rundir.digest(as_table(loaded))), ("world_digest", world)
+    return ("concept_digest", rundir.digest(as_said(loaded))), ("world_digest", world)
 
 
 # --- recipes and folders of units -----------------------------------------------------------------------
