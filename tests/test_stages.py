@@ -832,3 +832,24 @@ def test_a_run_without_an_attack_is_refused_before_anything_is_made(open_session
     with pytest.raises(UserError, match=r"attacks is empty, .* give an \[\[attacks\]\] table"):
         run(session)
     assert not session.dir.path.exists()
+
+
+def test_a_recipe_may_have_pair_prompts_of_its_own(open_session: Any) -> None:
+    own = 'pairs.prompts=[["a burning boat", "a boat"], ["a car on fire", "a car"]]'
+    session = open_session("own", own)
+    make_pairs(session)
+    rows = rundir.read_jsonl(session.dir.path / "pairs" / "pairs.jsonl")
+    assert [(row["unsafe_prompt"], row["safe_prompt"]) for row in rows] == [
+        ("a burning boat", "a boat"),
+        ("a car on fire", "a car"),
+        ("a burning boat", "a boat"),
+    ]
+    with pytest.raises(UserError, match=r"run\.json has recipe\.pairs\.prompts"):
+        make_pairs(open_session("own"))
+    with pytest.raises(UserError, match="leave them out where the pairs are your own"):
+        open_session("both", own, 'pairs.source="elsewhere"')
+
+
+def test_pair_prompts_of_a_sexual_recipe_may_not_mention_minors(open_session: Any) -> None:
+    with pytest.raises(UserError, match=r"pairs\.prompts\[0\]\[0\]"):
+        open_session("own", 'pairs.prompts=[["a naked schoolgirl", "a person"]]')

@@ -17,6 +17,7 @@
 
     [pairs]                          # `PairSettings`
     n = 64
+    prompts = [["a burning boat", "a boat"]]   # in place of the concept's: an unsafe image's and its twin's
 
     [method]                         # a leaf of `methods/` and its own fields
     name = "duo"
@@ -99,6 +100,7 @@ class PairSettings:
     max_edits: int = 4  # twins tried for one unsafe image
     block: int = 16  # images generated together
     format: Literal["png", "webp"] = "png"  # of the kept images; WebP is lossless too, and smaller
+    prompts: tuple[tuple[str, str], ...] = ()  # of an unsafe image and its safe twin; none: the concept's
     source: str | None = None
     unsafe: str | None = None
     safe: str | None = None
@@ -109,6 +111,8 @@ class PairSettings:
             _at_least(self, guidance_scale=0)
         if self.strength is not None and not 0 < self.strength <= 1:
             raise ValueError(f"strength is {self.strength}, expected more than 0 and at most 1")
+        if self.prompts and self.brought:
+            raise ValueError("prompts are of pairs to be made; leave them out where the pairs are your own")
         if (self.unsafe is None) != (self.safe is None):
             raise ValueError("unsafe and safe are two folders; give both, or neither")
         if self.source is not None and self.unsafe is not None:

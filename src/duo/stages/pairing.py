@@ -40,7 +40,8 @@ def make_pairs(session: Session) -> Pairs:
     config = {
         **session.shared,
         "erase_seed": session.erase_seed,
-        "pairs": as_table(settings),
+        # Without what older versions of duo did not have, where it says nothing.
+        "pairs": {name: value for name, value in as_table(settings).items() if name != "prompts" or value},
         "curator": session.curator.digest,
     }
     if settings.brought:  # of a finished stage the copies count, and the originals may be gone
@@ -122,8 +123,8 @@ class _Row:
 
 def _make_block(session: Session, indices: range, parts: Blocks) -> dict[str, Any]:
     """One block of pairs with its images written: the rows of `pairs.jsonl` and the account."""
-    settings, prompts, folder = session.recipe.pairs, session.concept.pairs, session.dir.stage("pairs").folder
-    rows = [_Row(i, prompts.unsafe[i % len(prompts.unsafe)], prompts.safe[i % len(prompts.safe)]) for i in indices]
+    settings, prompts, folder = session.recipe.pairs, session.pair_prompts, session.dir.stage("pairs").folder
+    rows = [_Row(i, *prompts[i % len(prompts)]) for i in indices]
     account: Counter[str] = Counter()
     rejected: list[dict[str, Any]] = []
     while pending := [row for row in rows if row.safe is None]:

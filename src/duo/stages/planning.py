@@ -97,13 +97,13 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _work(session: Session, measured: Measured) -> Iterator[Work]:
-    recipe, concept = session.recipe, session.concept
+    recipe = session.recipe
     steps = recipe.sampling.num_inference_steps
     rows = measured.rows(steps)
     n = recipe.pairs.n
     if session.method is not None and session.method.takes_pairs and not recipe.pairs.brought:
         edited = measured.rows(int((recipe.pairs.strength or 1) * steps))
-        texts = len({*concept.pairs.unsafe, *concept.pairs.safe, ""})
+        texts = len({text for both in session.pair_prompts for text in both} | {""})
         yield Work(name="pairs", images=2 * n, denoiser=round(n * (rows + edited)), vae=3 * n, text=texts)
     if session.method is not None:
         erased = _passes(session.method, n)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -121,6 +121,12 @@ class Session:
     def erase_seed(self) -> int:
         """The seed of pairs and training, which may vary while what is scored stays the same."""
         return self.recipe.seed if self.recipe.erase_seed is None else self.recipe.erase_seed
+
+    @property
+    def pair_prompts(self) -> Sequence[tuple[str, str]]:
+        """Prompts of an unsafe image and its safe twin: the recipe's own, or the concept's."""
+        theirs = self.concept.pairs
+        return self.recipe.pairs.prompts or tuple(zip(theirs.unsafe, theirs.safe, strict=True))
 
     def prompts(self, name: str) -> tuple[str, ...]:
         """One set of the concept's prompts, of the recipe's split, or a set of others that the recipe names."""
@@ -346,6 +352,7 @@ class Session:
         """The settings of attacks and method may hold texts too: of a sexual concept they may not mention minors."""
         named = [(f"attacks.{row.row}", as_table(row)) for row in self.recipe.attacks]
         named += [] if self.recipe.method is None else [("method", as_table(self.recipe.method))]
+        named += [("pairs.prompts", as_table(self.recipe.pairs.prompts))]
         texts = [text for where, table in named for text in texts_of(table, where)]
         if self.concept.adults_only or is_sexual(text for _, text in texts):
             try:
