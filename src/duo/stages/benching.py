@@ -22,7 +22,7 @@ from duo import rundir
 from duo.bench import NEVER, ORIGINAL, PRESERVED, SCHEMA, Grid, Point, chosen
 from duo.concept import load_concept
 from duo.errors import UserError
-from duo.fields import as_said, as_table
+from duo.fields import as_said
 from duo.models import load_family, usable_device
 from duo.plugins import Family
 from duo.recipe import AttackRow, Recipe
@@ -81,7 +81,7 @@ def units(grid: Grid) -> dict[str, Unit]:
     for point in grid.points:
         needs = {}
         if point.recipe.method is not None and _takes_pairs(point.recipe):
-            pairs = f"pairs/{rundir.digest(as_table(point.recipe.pairs))[:8]}-seed-{point.seed}"
+            pairs = f"pairs/{rundir.digest(as_said(point.recipe.pairs))[:8]}-seed-{point.seed}"
             add(pairs, "pairs", _of_rows(point.recipe, ()))
             needs = {pairs: ("pairs",)}
         erased = f"{point.name}/erase"
