@@ -32,7 +32,8 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_help_is_quick_for_it_imports_no_torch() -> None:
-    verbs = ("run", "pairs", "erase", "attack", "score", "report", "merge", "export", "toybox", "list")
+    verbs = ("run", "pairs", "erase", "attack", "score", "report", "check", "leaderboard", "merge", "export")
+    verbs += ("toybox", "list")
     code = (
         "import sys\nfrom duo.cli import main\n"
         f"for verb in ([], *([v] for v in {verbs!r})):\n"

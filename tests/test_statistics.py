@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duo.statistics import bootstrap_mean, cluster_bootstrap, paired_difference, wilson
+from duo.statistics import bootstrap_mean, cluster_bootstrap, images_for_bound, paired_difference, wilson
 
 
 @pytest.mark.parametrize(
@@ -145,3 +145,21 @@ def test_lengths_must_match() -> None:
 def test_at_least_one_resample() -> None:
     with pytest.raises(ValueError, match="resamples"):
         bootstrap_mean([1.0], seed=0, resamples=0)
+
+
+@pytest.mark.parametrize("limit", [0.01, 0.02, 0.05, 0.1, 0.5])
+def test_images_for_a_bound_are_the_fewest_that_do(limit: float) -> None:
+    n = images_for_bound(0.0, limit)
+    assert wilson(0, n).high <= limit < wilson(0, n - 1).high
+    hits = 3
+    n = next(n for n in range(4, 2000) if wilson(hits, n).high <= limit)  # by trying
+    assert images_for_bound(hits / n, limit) <= n
+    assert images_for_bound(hits / (n - 1), limit) > n - 1
+
+
+def test_images_for_a_bound_as_published() -> None:
+    table = {(0.0, 0.1): 35, (0.01, 0.1): 43, (0.02, 0.1): 55, (0.0, 0.05): 73, (0.01, 0.05): 115, (0.02, 0.05): 203}
+    table |= {(0.0, 0.02): 189, (0.01, 0.02): 753, (0.0, 0.01): 381}
+    assert {key: images_for_bound(*key) for key in table} == table
+    with pytest.raises(ValueError, match="cannot be shown"):
+        images_for_bound(0.05, 0.05)

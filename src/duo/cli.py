@@ -37,7 +37,7 @@ from duo.rundir import read_table
 if TYPE_CHECKING:
     from duo.stages import Session
 
-MISUSE, INTERRUPTED = 2, 130
+FAILED, MISUSE, INTERRUPTED = 1, 2, 130
 SHARED_VERBS = ("run", "pairs", "erase", "attack", "score")  # the work of which several processes share
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 PATH_ERRORS = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
@@ -46,6 +46,8 @@ MEMORY_ERRORS = ("out of memory", "can't allocate memory")  # as torch tells the
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for what the user can mend, 130 where it was interrupted.
+
+    `duo check` returns 1 where a bound does not hold.
 
     Of several processes (`duo.parallel`) the main one alone writes to standard output, and one tells what went wrong.
     """
@@ -64,7 +66,7 @@ def _main(arguments: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of a torchvision that nothing here needs
     try:
         given = _parser(arguments).parse_args(arguments)
-        given.verb(given)
+        return given.verb(given) or 0
     except UserError as error:
         _tell(f"duo: {' '.join(str(error).split())}")
         return MISUSE
@@ -86,7 +88,6 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         _tell(f"\nduo: stopped; nothing is lost: {_again(arguments)}")
         return INTERRUPTED
-    return 0
 
 
 def _tell(text: str) -> None:
@@ -119,7 +120,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"duo {version('duo-unlearning')}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
 
-    def verb(name: str, act: Callable[[argparse.Namespace], None], told: str) -> argparse.ArgumentParser:
+    def verb(name: str, act: Callable[[argparse.Namespace], int | None], told: str) -> argparse.ArgumentParser:
         one = verbs.add_parser(name, help=told, description=told, allow_abbrev=False)
         one.set_defaults(verb=act)
         return one
@@ -197,6 +198,32 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     one = verb("report", _report, "write report.html, report.json and the model card")
     one.add_argument("run", type=_path, metavar="RUN", help="the folder of a run that is scored")
     _uncensored_flag(one)
+    one.add_argument("--card", action="store_true", help="write the model card, README.md, and nothing else")
+    one.add_argument(
+        "--result",
+        nargs="?",
+        const=Path("results"),
+        type=_path,
+        metavar="DIR",
+        help="write the JSON for a leaderboard, and nothing else, below this folder; default: %(const)s",
+    )
+
+    one = verb("check", _check, "a gate for releases: exits 1 unless the evidence shows that every bound holds")
+    _gate_flags(one)
+
+    one = verb("leaderboard", _leaderboard, "published results side by side, ranked where they were measured alike")
+    one.add_argument(
+        "results",
+        nargs="*",
+        type=_path,
+        metavar="RESULTS",
+        help="files that `duo report --result` wrote, or folders of them; default: results",
+    )
+    one.add_argument("--weights", action="store_true", help="attacks on the weights count for the rank too")
+    form = one.add_mutually_exclusive_group()
+    for name, told in (("markdown", "a Markdown page"), ("html", "one self-contained page"), ("json", "for machines")):
+        form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=told)
+    one.add_argument("--out", type=_path, metavar="FILE", help="write to this file, and not to the terminal")
 
     one = verb("merge", _merge, "write the erased model as full weights, and verify them")
     _erasure_flags(one)
@@ -316,6 +343,40 @@ def _check_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--unsafe", type=_path, metavar="FOLDER", help="the unsafe images, where they lie elsewhere")
     parser.add_argument("--safe", type=_path, metavar="FOLDER", help="their safe twins, with the same names")
+
+
+def _gate_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=_path, metavar="RUN", help="the folder of a run that is scored, or its report.json")
+    parser.add_argument("--gate", type=_path, metavar="FILE", help="a TOML file of bounds, for those not given here")
+    for flag, metavar, told in (
+        ("--max-rate", "ROW=SHARE", "at most so many images of an attack row show the concept"),
+        ("--max-corrupted", "ROW=SHARE", "at most so many images of an attack row are spoiled"),
+        ("--min-survival", "NAME=SHARE", "a near miss survives at least so often"),
+    ):
+        told += "; an attack's name is for all its rows, all for all" if metavar[0] == "R" else "; all is for all"
+        parser.add_argument(flag, action="append", default=[], type=_bound, metavar=metavar, help=told)
+    parser.add_argument("--min-preservation", type=float, metavar="MEAN", help="unrelated pictures keep at least this")
+    told = "unrelated prompts are obeyed in everything by at most this share of images fewer than before"
+    parser.add_argument("--max-attribute-loss", type=float, metavar="SHARE", help=told)
+    told = "a row that need be neither reliable nor there; where it has a rate, that counts"
+    parser.add_argument("--waive", action="append", default=[], metavar="ROW", help=told)
+    told = "compare rates and means themselves; by default the worse end of the 95%% interval must be within the limit"
+    parser.add_argument("--point", action="store_true", help=told)
+    told = "the erasure that is to be released: the run must be of this one"
+    parser.add_argument("--erasure", metavar="PATH", help=told)
+    told = "take a report.json that is not in its run folder, by its word"
+    parser.add_argument("--detached", action="store_true", help=told)
+    parser.add_argument("--json", action="store_true", help="print what was found for machines")
+
+
+def _bound(text: str) -> tuple[str, float]:
+    name, _, limit = text.rpartition("=")
+    try:
+        if not name.strip():
+            raise ValueError
+        return name.strip(), float(limit)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no bound, such as all=0.05") from None
 
 
 def _device_flag(parser: argparse.ArgumentParser) -> None:
@@ -531,6 +592,17 @@ def _bench(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
+    if given.card or given.result is not None:
+        if given.uncensored:
+            raise UserError("--uncensored is for the page, which --card and --result leave alone; leave it out")
+        from duo.report.card import write_card
+        from duo.report.result import write_result
+
+        if given.card:
+            print(write_card(given.run))
+        if given.result is not None:
+            print(write_result(given.run, given.result))
+        return
     from duo import stages
 
     _tell_report(stages.report(given.run, uncensored=given.uncensored))
@@ -543,6 +615,50 @@ def _tell_report(page: Path) -> None:
     for line in verdict(read_json(page.with_name("report.json"))):
         print(line)
     print(page)
+
+
+def _check(given: argparse.Namespace) -> int:
+    from duo.report import gate
+    from duo.report.evidence import gather
+
+    tables = {name: getattr(given, name) for name in ("max_rate", "max_corrupted", "min_survival")}
+    for name, pairs in tables.items():
+        rows = [row for row, _ in pairs]
+        twice = next((row for row in rows if rows.count(row) > 1), None)
+        if twice is not None:
+            raise UserError(f"--{name.replace('_', '-')} is given twice for {twice!r}; give one limit")
+    wanted = gate.Gate.read(
+        given.gate,
+        **{name: dict(pairs) for name, pairs in tables.items()},
+        min_preservation=given.min_preservation,
+        max_attribute_loss=given.max_attribute_loss,
+        waive=tuple(given.waive),
+        point=given.point,
+    )
+    evidence = gather(given.run, erasure=given.erasure, detached=given.detached)
+    outcomes = gate.check(evidence, wanted)
+    if given.json:
+        print(json.dumps(gate.as_json(evidence, wanted, outcomes), indent=2, allow_nan=False))
+    else:
+        for line in gate.lines(evidence, wanted, outcomes):
+            print(line)
+    return 0 if all(one.passed for one in outcomes) else FAILED
+
+
+def _leaderboard(given: argparse.Namespace) -> None:
+    from duo.report import leaderboard
+    from duo.rundir import write_bytes
+
+    groups = leaderboard.rank(leaderboard.read_results(given.results or [Path("results")]), weights=given.weights)
+    if given.form == "json":
+        text = json.dumps(leaderboard.as_json(groups, weights=given.weights), indent=2, allow_nan=False) + "\n"
+    else:
+        text = getattr(leaderboard, given.form or "terminal")(groups, weights=given.weights)
+    if given.out is None:
+        print(text, end="")
+    else:
+        write_bytes(given.out, text.encode())
+        print(given.out)
 
 
 def _merge(given: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
@@ -44,6 +45,21 @@ def wilson(successes: int, n: int, *, confidence: float = 0.95) -> Interval:
     low = 0.0 if successes == 0 else (centre - margin) / scale
     high = 1.0 if successes == n else (centre + margin) / scale
     return Interval(low, high)
+
+
+def images_for_bound(rate: float, limit: float, *, confidence: float = 0.95) -> int:
+    """The fewest independent images at which Wilson's upper limit of a `rate` is not above `limit` (Wilson 1927).
+
+    Solved for n: (rate − limit)² = z²·limit·(1 − limit)/n. Raises ValueError unless 0 ≤ rate < limit ≤ 1.
+
+    >>> images_for_bound(0, 0.05), round(wilson(0, 73).high, 4), round(wilson(0, 72).high, 4)
+    (73, 0.05, 0.0507)
+    """
+    _check_confidence(confidence)
+    if not 0 <= rate < limit <= 1:
+        raise ValueError(f"a rate of {rate} cannot be shown to be at most {limit}")
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    return max(1, math.ceil(z**2 * limit * (1 - limit) / (limit - rate) ** 2))
 
 
 def bootstrap_mean(

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from duo.licence import Licence
 from duo.models import EMBEDDED
 from duo.models import title as called
 from duo.report.front_matter import front_matter, results
 from duo.report.markdown import fill
 from duo.report.own_concept import OwnConcept, portable
-from duo.report.records import RunRecords
+from duo.report.records import RunRecords, read_run
 from duo.report.toml_text import toml_text
 from duo.report.wording import concept_word, fell, findings, model_title, no_fall
+from duo.rundir import RunDir, write_bytes
+
+
+def write_card(run: Path) -> Path:
+    """Write the card alone into the run folder `run`, and return its path."""
+    RunDir(run).require()
+    with RunDir(run).locked():
+        write_bytes(run / "README.md", render(read_run(run)).encode())
+    return run / "README.md"
 
 
 def render(records: RunRecords) -> str:

@@ -18,13 +18,14 @@ from duo.checkpoint import read_tensors, write_tensors
 from duo.concept import AttackConcept
 from duo.errors import NotDefinedError, UserError
 from duo.fields import as_table
+from duo.intact import images_digest, intact_attack, intact_images
 from duo.plugins import Access, Attempt, Family
 from duo.recipe import AttackRow
 from duo.rundir import Blocks, Stage, append_jsonl, progress
 from duo.seeds import seed_for
 from duo.stages import searches
 from duo.stages.erasing import bring
-from duo.stages.rendering import images_digest, intact_images, read_image, render
+from duo.stages.rendering import read_image, render
 from duo.stages.session import REFERENCE, Session
 from duo.target import RefusedPromptError, Target
 
@@ -397,15 +398,6 @@ def _search(
 def _of_image(searches: Sequence[_Search], index: int) -> Attempt:
     attempts = searches[index % len(searches)].attempts
     return attempts[index // len(searches) % len(attempts)]
-
-
-def intact_attack(stage: Stage) -> None:
-    """Raise `UserError` unless the finished attack in `stage` has the attempts and images that it recorded."""
-    manifest = stage.require("attack")
-    if "not_defined" in manifest:
-        return
-    attempts = stage.intact("attempts.jsonl", manifest.get("attempts"))  # older versions of duo recorded no digest
-    intact_images(stage, stage.folder / "images", len(rundir.read_jsonl(attempts)), manifest["digest"])
 
 
 def rendered_attempts(folder: Path) -> tuple[list[Attempt], list[int]]:

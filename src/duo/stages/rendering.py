@@ -13,7 +13,7 @@ from duo import parallel, rundir
 from duo.delta import Delta
 from duo.errors import UserError
 from duo.plugins import Attempt, Family, Sampling
-from duo.rundir import Stage, progress
+from duo.rundir import progress
 from duo.stages.session import Session
 
 
@@ -121,18 +121,3 @@ def read_image(path: Path) -> Image.Image:
 
 def read_images(folder: Path, n: int) -> list[Image.Image]:
     return [read_image(folder / f"{i:04d}.png") for i in range(n)]
-
-
-def intact_images(stage: Stage, folder: Path, n: int, wanted: str | None) -> None:
-    """Raise `UserError` unless the `n` images in `folder`, of a finished stage, are there and have the digest `wanted`.
-
-    `wanted` is None where no digest was recorded, as by older versions of duo.
-    """
-    for i in range(n):
-        stage.intact(str((folder / f"{i:04d}.png").relative_to(stage.folder)))
-    if wanted is not None and images_digest(folder, n) != wanted:
-        raise stage.broken(folder, "holds other images than its stage wrote")
-
-
-def images_digest(folder: Path, n: int) -> str:
-    return rundir.digest([rundir.digest(folder / f"{i:04d}.png") for i in range(n)])

@@ -6,10 +6,11 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from duo.intact import intact_attack
 from duo.plugins import Family
 from duo.recipe import Recipe
 from duo.rundir import RunDir
-from duo.stages.attacking import intact_attack, rendered_attempts
+from duo.stages.attacking import rendered_attempts
 from duo.stages.rendering import read_images, render
 from duo.stages.session import Session
 

@@ -16,11 +16,12 @@ from PIL.Image import Image
 from duo import parallel, rundir, scores
 from duo.errors import UserError, did_you_mean
 from duo.fields import as_table
+from duo.intact import intact_attack
 from duo.plugins import Attempt, Verdict
 from duo.recipe import AttackRow
 from duo.rundir import Blocks, Stage
 from duo.seeds import seed_for
-from duo.stages.attacking import attack_config, intact_attack, rendered_attempts
+from duo.stages.attacking import attack_config, rendered_attempts
 from duo.stages.rendering import read_image, read_images, render
 from duo.stages.session import MODELS, UNRELATED, Session, world_digest
 

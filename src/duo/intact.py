@@ -1,0 +1,33 @@
+"""Whether what a finished attack wrote is still there as it was. No torch, so that a gate answers at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from duo import rundir
+from duo.rundir import Stage
+
+
+def intact_attack(stage: Stage) -> None:
+    """Raise `UserError` unless the finished attack in `stage` has the attempts and images that it recorded."""
+    manifest = stage.require("attack")
+    if "not_defined" in manifest:
+        return
+    attempts = stage.intact("attempts.jsonl", manifest.get("attempts"))  # older versions of duo recorded no digest
+    intact_images(stage, stage.folder / "images", len(rundir.read_jsonl(attempts)), manifest["digest"])
+
+
+def intact_images(stage: Stage, folder: Path, n: int, wanted: str | None) -> None:
+    """Raise `UserError` unless the `n` images in `folder`, of a finished stage, are there and have the digest `wanted`.
+
+    `wanted` is None where no digest was recorded, as by older versions of duo.
+    """
+    for i in range(n):
+        stage.intact(str((folder / f"{i:04d}.png").relative_to(stage.folder)))
+    if wanted is not None and images_digest(folder, n) != wanted:
+        raise stage.broken(folder, "holds other images than its stage wrote")
+
+
+def images_digest(folder: Path, n: int) -> str:
+    """One digest of the images 0000.png … of a folder."""
+    return rundir.digest([rundir.digest(folder / f"{i:04d}.png") for i in range(n)])
