@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -8,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duo.statistics import bootstrap_mean, cluster_bootstrap, images_for_bound, paired_difference, wilson
+from duo.statistics import (
+    bootstrap_mean,
+    cluster_bootstrap,
+    holm,
+    images_for_bound,
+    paired_difference,
+    student_t,
+    subsampled,
+    t_interval,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -163,3 +174,103 @@ def test_images_for_a_bound_as_published() -> None:
     assert {key: images_for_bound(*key) for key in table} == table
     with pytest.raises(ValueError, match="cannot be shown"):
         images_for_bound(0.05, 0.05)
+
+
+def test_paired_difference_draws_clusters_whole() -> None:
+    """Ten copies of each pair are still four pairs, whichever order they stand in."""
+    first, second = [0.9, 0.2, 0.7, 0.4], [0.1, 0.4, 0.2, 0.3]
+    prompts = list("abcd") * 10
+    clustered = paired_difference(first * 10, second * 10, clusters=prompts, seed=5)
+    assert clustered == pytest.approx(paired_difference(first, second, seed=5))
+    assert clustered == cluster_bootstrap([a - b for a, b in zip(first, second, strict=True)] * 10, prompts, seed=5)
+    with pytest.raises(ValueError, match="4 values but 3 clusters"):
+        paired_difference(first, second, clusters=["a", "b", "c"], seed=0)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "confidence", "value"),
+    [(1, 0.95, 12.706), (2, 0.95, 4.303), (3, 0.99, 5.841), (4, 0.9, 2.132), (9, 0.95, 2.262), (120, 0.95, 1.980)],
+)
+def test_student_t_matches_the_tables(degrees: int, confidence: float, value: float) -> None:
+    assert student_t(degrees, confidence=confidence) == pytest.approx(value, abs=5e-4)
+
+
+def test_student_t_by_hand_and_in_the_limit() -> None:
+    """One degree of freedom is Cauchy's law, where half of all lies within 1; many are the normal one."""
+    assert student_t(1, confidence=0.5) == pytest.approx(1)
+    assert student_t(2, confidence=0.5) == pytest.approx((2 / 3) ** 0.5)
+    assert student_t(10_000) == pytest.approx(NormalDist().inv_cdf(0.975), abs=3e-4)
+    with pytest.raises(ValueError, match="degrees"):
+        student_t(0)
+
+
+def test_t_interval_by_hand() -> None:
+    """Of 1, 2, 3 the standard error is 1/√3; half of Student's law with 2 degrees lies within √(2/3)."""
+    assert t_interval([1.0, 2.0, 3.0], confidence=0.5) == pytest.approx((2 - 2**0.5 / 3, 2 + 2**0.5 / 3))
+    assert t_interval([0.5] * 4) == (0.5, 0.5)
+    with pytest.raises(ValueError, match="two values"):
+        t_interval([1.0])
+
+
+def test_holm_by_hand() -> None:
+    """3·0.01; 2·0.02; 0.2 alone; a later one is never below an earlier, and none is above 1."""
+    assert holm([0.2, 0.01, 0.02]) == pytest.approx([0.2, 0.03, 0.04])
+    assert holm([0.02, 0.021, 0.9]) == pytest.approx([0.06, 0.06, 0.9])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def _mean_of(values: Sequence[float]) -> object:
+    return lambda rows: sum(values[row] for row in rows) / len(rows)
+
+
+def test_subsamples_of_three_by_hand() -> None:
+    """Two of 0, 3, 6 have the means 1.5, 3, 4.5; the spread ±1.5 is scaled by √(2/(3−2)) around the whole mean."""
+    low, high = subsampled(_mean_of([0.0, 3.0, 6.0]), 3, size=2, draws=3000, seed=0)  # type: ignore[arg-type]
+    assert (low, high) == pytest.approx((3 - 1.5 * 2**0.5, 3 + 1.5 * 2**0.5), abs=0.1)
+
+
+def test_a_skewed_spread_is_turned_round() -> None:
+    """Two of 0, 0, 9 have 0, 4.5 and 4.5: subsamples that fall short by 3 say that the whole may exceed by as much."""
+    low, high = subsampled(_mean_of([0.0, 0.0, 9.0]), 3, size=2, draws=3000, seed=0)  # type: ignore[arg-type]
+    assert (low, high) == pytest.approx((3 - 1.5 * 2**0.5, 3 + 3 * 2**0.5), abs=0.15)
+
+
+@pytest.mark.parametrize("size", [40, 200, 320])
+def test_subsamples_of_any_size_agree_with_the_normal_interval_of_a_mean(size: int) -> None:
+    values = np.random.default_rng(1).normal(5, 2, size=400)
+    half = 1.96 * values.std(ddof=1) / 20
+    low, high = subsampled(_mean_of(values.tolist()), 400, size=size, draws=2000, seed=0)  # type: ignore[arg-type]
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+
+
+def test_a_bias_that_grows_with_fewer_items_does_not_move_the_interval() -> None:
+    """As FID's: the same spread around the whole statistic, with 50/size added or without."""
+    values = np.random.default_rng(1).normal(size=100).tolist()
+    mean = _mean_of(values)
+    plain = subsampled(mean, 100, size=50, draws=200, seed=0)  # type: ignore[arg-type]
+    biased = subsampled(lambda rows: mean(rows) + 50 / len(rows), 100, size=50, draws=200, seed=0)  # type: ignore[operator]
+    assert biased == pytest.approx((plain.low + 0.5, plain.high + 0.5))
+    assert biased.low < sum(values) / 100 + 0.5 < biased.high
+
+
+def test_subsamples_have_no_item_twice_and_the_seed_fixes_them() -> None:
+    seen: list[list[int]] = []
+
+    def statistic(rows: Sequence[int]) -> float:
+        seen.append(list(rows))
+        return float(rows[0])
+
+    first = subsampled(statistic, 9, size=4, draws=20, seed=3)
+    assert seen[0] == list(range(9)) and len(seen) == 21
+    assert all(len(rows) == 4 and rows == sorted(set(rows)) for rows in seen[1:])
+    assert first == subsampled(statistic, 9, size=4, draws=20, seed=3)
+    assert seen[1:21] == seen[22:]
+
+
+@pytest.mark.parametrize(("size", "draws", "match"), [(1, 9, "size"), (5, 9, "size"), (2, 1, "draws")])
+def test_subsamples_must_be_smaller_than_the_whole_and_several(size: int, draws: int, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        subsampled(lambda rows: 0.0, 5, size=size, draws=draws, seed=0)
+    with pytest.raises(ValueError, match="finite"):
+        subsampled(lambda rows: math.nan, 5, size=2, draws=3, seed=0)

@@ -26,6 +26,7 @@ from duo.fields import as_said
 from duo.models import load_family, usable_device
 from duo.plugins import Family
 from duo.recipe import AttackRow, Recipe
+from duo.report.tradeoff import write_tradeoff
 from duo.stages.attacking import attack, attack_concept
 from duo.stages.erasing import erase
 from duo.stages.pairing import make_pairs
@@ -156,7 +157,7 @@ def run(grid: Grid, *, out: Path, results: Path, device: str, engine: Engine, on
             rundir.note(f"{made} of {every} cells; {unit.name}{': ' if shown else ''}{shown}")
 
         engine(todo, partial(work, out=out, results=results, device=device), told)
-    return []
+    return write_tradeoff(results, results)
 
 
 def outlook(grid: Grid, *, out: Path, results: Path, only: Sequence[str] = ()) -> list[str]:
