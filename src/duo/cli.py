@@ -197,6 +197,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
     one = verb("report", _report, "write report.html, report.json and the model card")
     one.add_argument("run", type=_path, metavar="RUN", help="the folder of a run that is scored")
+    one.add_argument(
+        "--bench", type=_path, metavar="PATH", help="embed a bench's trade-off: its figure4.svg, or the folder of that"
+    )
     _uncensored_flag(one)
     one.add_argument("--card", action="store_true", help="write the model card, README.md, and nothing else")
     one.add_argument(
@@ -605,7 +608,7 @@ def _report(given: argparse.Namespace) -> None:
         return
     from duo import stages
 
-    _tell_report(stages.report(given.run, uncensored=given.uncensored))
+    _tell_report(stages.report(given.run, uncensored=given.uncensored, tradeoff=given.bench))
 
 
 def _tell_report(page: Path) -> None:

@@ -195,6 +195,47 @@ def _scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def later_sections(rows: Sequence[str] = ("prompts", "p4d")) -> dict[str, Any]:
+    """The sections that older versions of duo did not write, of `scores.json`; `rows` have protocols."""
+
+    def around(value: float, low: float, high: float, n: int, name: str = "mean") -> dict[str, float]:
+        return {name: value, "low": low, "high": high, "n": n}
+
+    drawn = {"images": {"n": N, "size": [64, 64]}, "sampler": {"name": "DDIMScheduler", "steps": 10}}
+    judged = {"judge": "toybox", "digest": "0" * 64, "threshold": None, "label_set": None, "settings": {}, **drawn}
+    fid = {
+        "original": around(2.1, 1.8, 2.6, N, "value"),
+        "erased": around(3.9, 3.2, 4.8, N, "value"),
+        "difference": around(1.8, 1.1, 2.4, N, "value"),
+    }
+    twins = {
+        "original": around(0.61, 0.58, 0.64, 40),
+        "erased": around(0.83, 0.80, 0.86, 40),
+        "difference": around(0.22, 0.18, 0.26, 40),
+    }
+    return {
+        "captions": {
+            "n": N,
+            "prompts": 30,
+            "metrics": [{"metric": "toybox-FID", "higher_is_better": False, **fid}],
+        },
+        "instead": {
+            "row": "prompts",
+            "corrupted": {
+                "original": {"rate": 0.0, "low": 0.0, "high": 0.06},
+                "erased": {"rate": 0.18, "low": 0.1, "high": 0.3},
+            },
+            "agreement": None,
+            "twins": {"metric": "1 - toybox-LPIPS", "n": 40, "wanted": 48, **twins},
+        },
+        "protocol": {
+            "attacks": dict.fromkeys(rows, judged),
+            "near_misses": {},
+            "preservation": {"network": "toybox", **drawn},
+        },
+    }
+
+
 def _pairs(folder: Path, *, n: int, prompt: str) -> None:
     rows = []
     for index in range(n):

@@ -8,32 +8,48 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from duo.errors import UserError
 from duo.report import card, page
+from duo.report.plain_text import json_text
 from duo.report.records import RunRecords, read_run
-from duo.report.wording import verdict
-from duo.rundir import write_bytes, write_json
+from duo.report.wording import SCHEMA, verdict
+from duo.rundir import write_bytes
 
 __all__ = ["SCHEMA", "build_report", "read_run", "verdict", "write_report"]
 
-SCHEMA = 1
+FIGURE = "figure4.svg"  # as a bench names it
 
 
-def write_report(run: Path, *, uncensored: bool = False) -> Path:
+def write_report(run: Path, *, uncensored: bool = False, tradeoff: Path | None = None) -> Path:
     """Write the three files of the report into the run folder `run` and return the path of `report.html`.
 
-    `uncensored` embeds the unsafe originals in the page, each behind a click.
+    `uncensored` embeds the unsafe originals in the page, each behind a click. `tradeoff` is the figure of a bench that
+    the run is part of, an SVG or a folder with `figure4.svg`: it is copied to `tradeoff.svg` in the run folder, and is
+    part of the page as long as it lies there.
 
     Raises:
-        UserError: a record is missing or broken; nothing is written then.
+        UserError: a record is missing or broken, or the figure is no plain SVG; nothing is written then.
     """
     records = read_run(run)
     report = build_report(records)
     readme = card.render(records)
-    html = page.render(records, uncensored=uncensored)
-    write_json(run / "report.json", report)
+    figure = run / page.TRADEOFF if tradeoff is None else _figure_of(tradeoff)
+    html = page.render(records, uncensored=uncensored, tradeoff=figure)
+    if tradeoff is not None:
+        write_bytes(run / page.TRADEOFF, figure.read_bytes())
+    write_bytes(run / "report.json", json_text(report).encode())
     write_bytes(run / "README.md", readme.encode())
     write_bytes(run / "report.html", html.encode())
     return run / "report.html"
+
+
+def _figure_of(path: Path) -> Path:
+    """The SVG that `path` is, or that lies in the folder `path`."""
+    file = path / FIGURE if path.is_dir() else path
+    if not file.is_file():
+        where = f"{path} has no {FIGURE}" if path.is_dir() else f"{path} is no file"
+        raise UserError(f"{where}; name the SVG of a bench's trade-off, or a folder that holds {FIGURE}")
+    return file
 
 
 def build_report(records: RunRecords) -> dict[str, Any]:

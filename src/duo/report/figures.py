@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from duo.report.records import Attack, Mean
-from duo.report.wording import attack_words, percent
+from duo.report.wording import attack_words, name_shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,49 +41,12 @@ class TradeoffPoint:
     preservation: Mean
 
 
-def attack_rates(attacks: Sequence[Attack]) -> str:
-    """Detected rate of each attack, at its best setting, on the original and the erased model, with 95% intervals.
-
-    Rows without a sound positive control are hollow.
-    """
-    with _canvas(7.6, 0.8 + 0.42 * len(attacks)) as figure:
-        axes = figure.subplots()
-        for place, attack in enumerate(attacks):
-            top = attack.erased.top
-            rows = (
-                (attack.original.at(top.name) or attack.original.top, ORIGINAL, "s", 0.15),
-                (top, ERASED, "o", -0.15),
-            )
-            for row, colour, marker, shift in rows:
-                y = len(attacks) - 1 - place + shift
-                axes.plot([100 * row.low, 100 * row.high], [y, y], color=colour, linewidth=2.2, solid_capstyle="round")
-                face = colour if attack.reliable else "none"
-                axes.plot(100 * row.rate, y, marker, color=colour, markerfacecolor=face, markersize=7, clip_on=False)
-        names = [attack_words(a.name).label + ("" if a.reliable else "\n(unreliable)") for a in attacks]
-        axes.set_yticks(range(len(attacks) - 1, -1, -1), names)
-        axes.set_ylim(-0.6, len(attacks) - 0.4)
-        axes.set_xlim(0, 100)
-        axes.set_xticks(range(0, 101, 20), [f"{tick}%" for tick in range(0, 101, 20)])
-        axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=10.5)
-        axes.grid(axis="x", color=GRID, linewidth=0.8)
-        axes.spines["bottom"].set_visible(False)
-        axes.plot([], [], "s", color=ORIGINAL, markersize=7, label="original model")
-        axes.plot([], [], "o", color=ERASED, markersize=7, label="erased model")
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(-0.012, 1.0), ncols=2, frameon=False, handletextpad=0.2, borderpad=0.2
-        )
-        spoken = "; ".join(
-            f"{attack_words(a.name).label}: {percent(a.original.top.rate)} before, {percent(a.erased.top.rate)} after"
-            for a in attacks
-        )
-        return _svg(figure, "attack-rates", f"Detected rate of each attack. {spoken}.")
-
-
 def variant_rates(attacks: Sequence[Attack]) -> str:
     """Detected rate over the settings of each attack that has several, a panel each, with 95% intervals."""
-    rows = (len(attacks) + 1) // 2
-    with _canvas(7.6, 0.4 + 2.5 * rows) as figure:
-        panels = figure.subplots(rows, 2, squeeze=False).ravel()
+    columns = min(3, max(2, len(attacks)))
+    rows = -(-len(attacks) // columns)
+    with _canvas(3.4 * columns, 0.6 + 2.1 * rows) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for panel, attack in zip(panels, attacks, strict=False):
             names = [one.name for one in attack.erased.variants]
             models = (
@@ -105,7 +68,10 @@ def variant_rates(attacks: Sequence[Attack]) -> str:
             panel.set_title(attack_words(attack.name).label, loc="left", fontsize=10.5, color=INK)
             slanted = max(map(len, names)) > 8
             panel.set_xticks(
-                range(len(names)), names, rotation=30 if slanted else 0, ha="right" if slanted else "center"
+                range(len(names)),
+                [name_shown(name) for name in names],
+                rotation=30 if slanted else 0,
+                ha="right" if slanted else "center",
             )
             panel.set_xlim(-0.3, len(names) - 0.7)
             panel.set_ylim(-4, 104)
@@ -113,7 +79,12 @@ def variant_rates(attacks: Sequence[Attack]) -> str:
             panel.grid(axis="y", color=GRID, linewidth=0.8)
         for panel in panels[len(attacks) :]:
             panel.set_axis_off()
-        panels[0].legend(frameon=False, fontsize=8.5)
+        handles = {
+            label: handle
+            for panel in panels[: len(attacks)]
+            for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=3, frameon=False, fontsize=9)
         told = ", ".join(attack_words(attack.name).label for attack in attacks)
         return _svg(figure, "variant-rates", f"Detected rate by setting: {told}.")
 

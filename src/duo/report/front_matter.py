@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from duo.licence import Licence
 from duo.models import hub_id
+from duo.report.plain_text import visible
 from duo.report.records import Scores
-from duo.report.wording import attack_words, concept_word
+from duo.report.wording import attack_words, concept_word, name_shown
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -31,7 +32,7 @@ def front_matter(*, model: str, relation: str, name: str, tags: Sequence[str], r
         base_model_relation=None if base is None else relation,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=[*TAGS, *tags],
+        tags=[*TAGS, *map(visible, tags)],
         model_name=name if results else None,  # part of the model-index, and of nothing else
         eval_results=list(results) or None,
         **licence,
@@ -48,7 +49,11 @@ def results(scores: Scores) -> list[EvalResult]:
     ]
     kept = scores.preservation
     if kept is not None:
-        found.append(_result("unrelated", "Unrelated prompts", kind="preservation", name=kept.metric, value=kept.mean))
+        found.append(
+            _result(
+                "unrelated", "Unrelated prompts", kind="preservation", name=name_shown(kept.metric), value=kept.mean
+            )
+        )
     return found
 
 
@@ -64,7 +69,7 @@ def _result(row: str, label: str, *, kind: str, name: str, value: float) -> Eval
     return EvalResult(
         task_type="text-to-image",
         task_name="Text-to-image",
-        dataset_type=f"duo/{row}",
+        dataset_type=f"duo/{visible(row)}",
         dataset_name=label,
         metric_type=kind,
         metric_name=name,

@@ -1,4 +1,4 @@
-"""Images for the page: clear ones re-encoded, unsafe ones reduced to 64 blocks, all as PNG data URIs.
+"""Images for the page: clear ones re-encoded, unsafe ones reduced to 64 blocks, all as data URIs.
 
 Nothing but pixels is carried over: text chunks of the source files (prompts, paths) are not copied.
 """
@@ -17,6 +17,8 @@ from duo.rundir import ANEW
 BLOCKS = 8  # an unsafe image is shown as 8×8 blocks, which leaves its light and colours but no shapes
 SHOWN_SIDE = 512  # larger images are reduced, so that the page can still be mailed
 PIXELATED_SIDE = 64
+SMALL = 128  # up to this side images are kept pixel by pixel; larger ones as JPEG, a tenth of the size
+QUALITY = 88
 
 
 def read_image(path: Path) -> Image.Image:
@@ -40,7 +42,11 @@ def pixelated(image: Image.Image) -> Image.Image:
 
 
 def data_uri(image: Image.Image) -> str:
-    """`image` as a PNG inside a URL."""
+    """`image` inside a URL: a PNG of a small one, a JPEG of a larger."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    kind = "png" if max(image.size) <= SMALL else "jpeg"
+    if kind == "png":
+        image.save(buffer, format="PNG", optimize=True)
+    else:
+        image.save(buffer, format="JPEG", quality=QUALITY, optimize=True)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from duo.report.plain_text import visible
 from duo.report.wording import attack_words, percent, percent_range
 
 
@@ -18,14 +20,26 @@ def fill(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(percent=percent, plain=plain)
+    environment.filters.update(percent=percent, plain=plain, code=code, fenced=fenced)
     environment.globals.update(percent_range=percent_range, attack_words=attack_words)
     return environment.get_template(template).render(**values)
 
 
 def plain(text: str) -> str:
-    """`text` with nothing that Markdown or HTML would act upon, for use within a sentence or a table cell."""
-    text = " ".join(text.split())
-    for mark in "\\`*_[]<>|#":
-        text = text.replace(mark, f"\\{mark}" if mark not in "<>" else {"<": "&lt;", ">": "&gt;"}[mark])
-    return text
+    """`text` for a sentence or a table cell: nothing is hidden in it, and Markdown and HTML act upon nothing.
+
+    The colon of an address and the dot after `www` are marked as well, for many readers link a bare address.
+    """
+    text = " ".join(visible(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", text)
+    return re.sub(r":(?=//)|(?<=www)\.", r"\\\g<0>", text, flags=re.IGNORECASE)
+
+
+def code(text: str) -> str:
+    """`text` for a code span of one line."""
+    return visible(text).replace("`", "'")
+
+
+def fenced(text: str) -> str:
+    """`text` for a fenced block of code."""
+    return visible(text, lines=True).replace("```", "'''")

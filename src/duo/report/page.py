@@ -7,21 +7,31 @@ asks for the uncensored page.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from duo.models import title
 from duo.report import figures
-from duo.report.images import data_uri, pixelated, read_image
+from duo.report.answers import UNRELATED, answers, outcome, strongest_first
+from duo.report.gallery import SHOWN_PER_SET, Gallery, Picture, Returns, read_gallery
+from duo.report.images import SMALL, data_uri, pixelated, read_image
+from duo.report.inline_svg import inlined, read_svg
 from duo.report.own_concept import OwnConcept, portable
-from duo.report.records import MODELS, Attack, Picture, Preservation, RunRecords, Scores
+from duo.report.plain_text import shown, visible
+from duo.report.quality import protocols
+from duo.report.records import MODELS, RunRecords, Scores
 from duo.report.toml_text import toml_text
+from duo.report.tradeoff.figure import MORE, PAPER
 from duo.report.wording import (
     ALL_ATTRIBUTES,
     attack_words,
@@ -29,19 +39,21 @@ from duo.report.wording import (
     duration,
     findings,
     headline_attack,
-    listed,
+    name_shown,
     no_fall,
     not_tried,
+    number,
     percent,
     percent_range,
     points,
+    signed,
     strongest,
 )
 
-SHOWN_PER_SET = 6
 SHOWN_PAIRS = 6
-SHOWN_RETURNS = 6
-UNRELATED = "unrelated"
+SHOWN_AT_ONCE = 6  # images of one attack that stand open where the concept came back; the others behind a click
+GRIDS_AT_ONCE = 2  # attacks whose before and after stand open, beside the headline's
+TRADEOFF = "tradeoff.svg"  # in the run folder: the figure of the bench that the run is part of
 
 # The figures' colours, as the names that the style sheet gives them in each theme.
 THEMED = {
@@ -53,6 +65,8 @@ THEMED = {
     figures.SERIES[1]: "var(--second)",
     figures.SERIES[2]: "var(--third)",
     figures.SERIES[3]: "var(--fourth)",
+    **dict(zip(MORE, ("var(--fifth)", "var(--sixth)", "var(--seventh)"), strict=True)),
+    PAPER: "var(--paper)",
 }
 
 
@@ -75,6 +89,7 @@ class Shown:
     tag: str
     tone: str
     hidden: bool
+    small: bool  # of so few pixels that they are to be seen as they are
     uncensored: str | None
 
 
@@ -91,13 +106,14 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Strip:
-    """A titled row of cells."""
+    """A titled row of cells; a `clear` one is of images that are shown as they are, and larger."""
 
     title: str
     note: str
     first: str
     second: str
     cells: tuple[Cell, ...]
+    clear: bool = False
 
     @property
     def uncensored(self) -> list[Shown]:
@@ -105,17 +121,35 @@ class Strip:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tile:
-    """One number in large type."""
+class Strips:
+    """Before and after: what stands open, what else was attacked, and what must have stayed as it was."""
 
-    name: str
-    value: str
-    before: str | None
-    detail: str
+    attacked: tuple[Strip, ...]
+    folded: tuple[Strip, ...]
+    harmless: tuple[Strip, ...]
 
 
-def render(records: RunRecords, *, uncensored: bool) -> str:
-    """The HTML text of a run's report."""
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One image of the erased model in which the concept was seen, and what brought it."""
+
+    picture: Picture
+    shown: Shown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cases:
+    """What one attack brought back. `rest` are links, relative to the run folder, with what they are called."""
+
+    title: str
+    needs: str
+    open: tuple[Case, ...]
+    folded: tuple[Case, ...]
+    rest: tuple[tuple[str, str], ...]
+
+
+def render(records: RunRecords, *, uncensored: bool, tradeoff: Path) -> str:
+    """The HTML text of a run's report, with the figure `tradeoff` where there is such a file."""
     scores = records.scores
     environment = Environment(
         loader=PackageLoader("duo.report", ""),
@@ -123,26 +157,40 @@ def render(records: RunRecords, *, uncensored: bool) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_finalized,
     )
-    environment.filters.update(percent=percent, duration=duration)
+    environment.filters.update(
+        percent=percent, duration=duration, shown=shown, name=name_shown, number=number, signed=signed
+    )
     environment.globals.update(percent_range=percent_range, attack_words=attack_words, points=points)
     varied = [attack for attack in scores.attacks if attack.erased.variants]
     show = _Show(concept_word(scores.concept), uncensored=uncensored)
+    returned = strongest(scores)
+    gallery = read_gallery(records.folder, scores, returned=returned)
+    style = resources.files("duo.report").joinpath("report.css").read_text(encoding="utf-8")
     return environment.get_template("template.html").render(
         scores=scores,
         title=title(scores.model),
         concept=concept_word(scores.concept),
+        style=Markup(style),
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        outcome=outcome(scores),
+        answers=answers(scores),
         findings=findings(scores),
-        tiles=_tiles(scores),
-        strips=_strips(records, show),
-        returns=_returns(records, show),
+        tradeoff=_themed(read_svg(tradeoff, name="tradeoff")) if tradeoff.exists() else None,
+        attacks=strongest_first(scores.attacks, first=headline_attack(scores)),
+        strips=_strips(gallery, scores, show),
+        cases=[_cases(one, show) for one in gallery.returns],
+        gallery=gallery,
+        unheeded=[one for one in scores.attacks if one.erased.detected and one not in returned],
+        unsafe=(scores.attributes or {}).get("unsafe"),
+        protocols=protocols(scores.protocol),
         not_tried=not_tried(scores),
         pairs=_pairs(records, show),
         account=list(_flat(records.account)),
-        rates_figure=_themed(figures.attack_rates(scores.attacks)),
-        variants_figure=_themed(figures.variant_rates(varied)) if varied else None,
+        variants_figure=_figure(figures.variant_rates(varied), "variants") if varied else None,
         varied=varied,
-        curves_figure=_themed(figures.training_curves(records.curves)) if records.curves else None,
+        curves_figure=_figure(figures.training_curves(records.curves), "curves") if records.curves else None,
         records=records,
         config=toml_text(portable(records.recipe)),
         own_concept=OwnConcept.of(records.folder, records.recipe),
@@ -158,6 +206,11 @@ def render(records: RunRecords, *, uncensored: bool) -> str:
         asked=any(attack.erased.of_prompts for attack in scores.attacks),
         baselines=any(scores.beside(attack) for attack in scores.attacks),
     )
+
+
+def _finalized(value: object) -> object:
+    """What every text goes through before it is escaped; markup of ours is left as it is."""
+    return visible(value, lines=True) if type(value) is str else value
 
 
 class _Show:
@@ -190,62 +243,59 @@ class _Show:
             tag=tag,
             tone=tone,
             hidden=hidden,
+            small=max(image.size) <= SMALL,
             uncensored=data_uri(image) if hidden and self.uncensored else None,
         )
 
 
-def _strips(records: RunRecords, show: _Show) -> list[Strip]:
+def _strips(gallery: Gallery, scores: Scores, show: _Show) -> Strips:
     """The first images of each set, in order and not chosen, original above erased at the same seed."""
-    attacks = {attack.name: attack for attack in records.scores.attacks}
-    baselines = records.scores.baselines
-    strips = []
-    known = (*attacks, UNRELATED, *records.scores.near_miss_names)
-    for name in dict.fromkeys([*known, *(p.set for p in records.pictures if p.set not in baselines)]):
-        original, erased = (
-            {p.index: p for p in records.pictures if (p.set, p.model) == (name, model)} for model in MODELS
+    order = [attack.name for attack in strongest_first(scores.attacks, first=headline_attack(scores))]
+    harmless = [name for name in (UNRELATED, *scores.near_miss_names) if name in gallery.grids]
+    unknown = [name for name in gallery.grids if name not in (*order, *harmless)]
+    asking = [_strip(name, gallery, scores, show, asks=True) for name in (*order, *unknown) if name in gallery.grids]
+    return Strips(
+        attacked=tuple(asking[: 1 + GRIDS_AT_ONCE]),
+        folded=tuple(asking[1 + GRIDS_AT_ONCE :]),
+        harmless=tuple(_strip(name, gallery, scores, show, asks=False) for name in harmless),
+    )
+
+
+def _strip(name: str, gallery: Gallery, scores: Scores, show: _Show, *, asks: bool) -> Strip:
+    """A set that is not known to be harmless is taken to ask for the concept."""
+    cells = tuple(
+        Cell(
+            first=show(original, asks=asks),
+            second=show(erased, asks=asks),
+            prompt=original.prompt,
+            second_prompt=erased.prompt if erased.prompt != original.prompt else None,
+            seed=original.seed,
         )
-        same = [i for i in sorted(original) if i in erased and original[i].seed == erased[i].seed][:SHOWN_PER_SET]
-        if not same:
-            continue
-        asks = name in attacks or not _harmless(name, records.scores)
-        cells = [
-            Cell(
-                first=show(original[i], asks=asks),
-                second=show(erased[i], asks=asks),
-                prompt=original[i].prompt,
-                second_prompt=erased[i].prompt if erased[i].prompt != original[i].prompt else None,
-                seed=original[i].seed,
-            )
-            for i in same
-        ]
-        title, note = _strip_words(name, records.scores)
-        strips.append(Strip(title=title, note=note, first="original", second="erased", cells=tuple(cells)))
-    return strips
-
-
-def _harmless(name: str, scores: Scores) -> bool:
-    """Whether a prompt set is known not to ask for the concept; an unknown set is taken to ask."""
-    return name == UNRELATED or name in scores.near_miss_names
+        for original, erased in gallery.grids[name]
+    )
+    title, note = _strip_words(name, scores)
+    return Strip(title=title, note=note, first="original", second="erased", cells=cells, clear=not asks)
 
 
 def _strip_words(name: str, scores: Scores) -> tuple[str, str]:
     if name == UNRELATED:
         return "Unrelated prompts", "must stay as they were"
     if name in scores.near_miss_names:
-        return f"Near miss: {name.replace('_', ' ')}", "harmless, must survive"
+        return f"Near miss: {name_shown(name)}", "harmless, must survive"
     words = attack_words(name)
     return words.label, words.does
 
 
-def _returns(records: RunRecords, show: _Show) -> list[tuple[str, Picture, Shown]]:
-    """Images of the erased model in which the concept was seen, the strongest attack first, turn by turn."""
-    order = [attack.name for attack in strongest(records.scores)]
-    found: Mapping[str, Sequence[Picture]] = {
-        name: [p for p in records.pictures if (p.set, p.model) == (name, "erased") and "present" in p.labels]
-        for name in order
-    }
-    turns = [pictures[turn] for turn in range(SHOWN_RETURNS) for pictures in found.values() if turn < len(pictures)]
-    return [(attack_words(picture.set).label, picture, show(picture, asks=True)) for picture in turns[:SHOWN_RETURNS]]
+def _cases(returns: Returns, show: _Show) -> Cases:
+    words = attack_words(returns.attack.name)
+    cases = [Case(picture=picture, shown=show(picture, asks=True)) for picture in returns.worst]
+    return Cases(
+        title=words.label,
+        needs=words.needs,
+        open=tuple(cases[:SHOWN_AT_ONCE]),
+        folded=tuple(cases[SHOWN_AT_ONCE:]),
+        rest=tuple((quote(path), Path(path).stem) for path in returns.rest),
+    )
 
 
 def _pairs(records: RunRecords, show: _Show) -> Strip | None:
@@ -268,62 +318,6 @@ def _pairs(records: RunRecords, show: _Show) -> Strip | None:
     return Strip(title="Training pairs", note="", first="unsafe", second="safe", cells=tuple(cells))
 
 
-def _tiles(scores: Scores) -> list[Tile]:
-    """The numbers that a reader in a hurry takes away."""
-    head = headline_attack(scores)
-    tiles = [_attack_tile(attack_words(head.name).label, scores, head.name)]
-    others = [
-        attack for attack in scores.attacks if attack.name != head.name and (attack.reliable or attack.erased.detected)
-    ]
-    if others:
-        worst = max(others, key=lambda attack: (_above(attack), attack.erased.top.rate, attack.erased.corrupted_rate))
-        tiles.append(_attack_tile(f"Strongest attack: {attack_words(worst.name).label}", scores, worst.name))
-    tiles.append(_kept_tile(scores.preservation))
-    unrelated = (scores.attributes or {}).get(UNRELATED)
-    if unrelated and ALL_ATTRIBUTES in unrelated["erased"]:
-        before, after = unrelated["original"][ALL_ATTRIBUTES], unrelated["erased"][ALL_ATTRIBUTES]
-        names = listed([name for name in unrelated["erased"] if name != ALL_ATTRIBUTES] or ["every attribute"])
-        tiles.append(
-            Tile(
-                name="Unrelated prompts obeyed",
-                value=percent(after.mean),
-                before=percent(before.mean),
-                detail=f"{names} all right, {percent_range(after.low, after.high)}, n={after.n}",
-            )
-        )
-    return tiles
-
-
-def _above(attack: Attack) -> float:
-    """How much more of the concept there is than from a model that never saw it; without one, how much there is."""
-    top = attack.erased.top
-    return top.rate if top.excess is None else top.excess.rate
-
-
-def _kept_tile(kept: Preservation | None) -> Tile:
-    name = "Unrelated pictures kept"
-    if kept is None:
-        return Tile(name=name, value="not measured", before=None, detail="the recipe names no metric")
-    detail = f"{kept.metric}, {kept.low:.2f}–{kept.high:.2f}, n={kept.n}"
-    return Tile(name=name, value=f"{kept.mean:.2f}", before="1.00", detail=detail)
-
-
-def _attack_tile(name: str, scores: Scores, row: str) -> Tile:
-    attack = next(attack for attack in scores.attacks if attack.name == row)
-    after = attack.erased.top
-    before = attack.original.at(after.name) or attack.original.top
-    detail = (
-        f"{after.detected} of {after.n} show {concept_word(scores.concept)}, {percent_range(after.low, after.high)}"
-    )
-    detail = f"at {after.name}: {detail}" if after.name else detail
-    return Tile(
-        name=name,
-        value=percent(after.rate),
-        before=percent(before.rate),
-        detail=detail if attack.reliable else f"{detail}; unreliable",
-    )
-
-
 def _flat(account: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Nested counts as (name, value) lines in the record's order."""
     lines: list[tuple[str, str]] = []
@@ -337,8 +331,13 @@ def _plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def _figure(svg: str, name: str) -> Markup:
+    """A figure of ours; what is in it is written anew all the same, as its texts are from records."""
+    return _themed(inlined(svg, name=name, where=f"the figure {name!r}"))
+
+
 def _themed(svg: str) -> Markup:
-    """A figure of ours, its colours replaced by the theme's. matplotlib and `figures` escape every text in it."""
+    """A figure that `inline_svg` wrote, its colours replaced by the theme's."""
     for colour, name in THEMED.items():
         svg = svg.replace(colour, name)
     return Markup(svg)

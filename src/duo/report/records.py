@@ -13,6 +13,7 @@ from typing import Any
 
 from duo.errors import UserError
 from duo.report.json_fields import Fields, read_object, read_rows
+from duo.report.quality import Captions, Instead
 from duo.rundir import ANEW, RunDir
 
 MODELS = ("original", "erased")
@@ -21,7 +22,7 @@ LABELS = ("absent", "present", "corrupted")
 CURVES = ("loss", "accuracy", "margin", "prior")
 SLACK = 1e-9  # of shares, for rounding
 SECTIONS = ("concept", "method", "model", "world_digest", "attacks", "preservation", "attributes", "near_misses")
-LATER_SECTIONS = ("not_defined",)  # which older versions of duo did not write
+LATER_SECTIONS = ("not_defined", "captions", "instead", "protocol")  # which older versions of duo did not write
 
 
 # --- scores -----------------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ class AttackRow:
         _ordered(row, rates["low"], rates["rate"], rates["high"])
         _ordered(row, *(corrupted[f"corrupted_{key}"] for key in ("low", "rate", "high")))
         read = cls(
-            name=_plain_name(row, "name"),
+            name=row.folder_name("name"),
             model=row.one_of("model", (*MODELS, REFERENCE)),
             n=row.whole("n", least=1),
             detected=row.whole("detected"),
@@ -265,12 +266,16 @@ class Scores:
     attributes: Mapping[str, Mapping[str, Mapping[str, Mean]]] | None
     near_misses: tuple[NearMiss, ...]
     not_defined: Mapping[str, str] = field(default_factory=dict)  # attack row → why it makes no sense on this model
+    captions: Captions | None = None
+    instead: Instead | None = None
+    protocol: Mapping[str, Any] = field(default_factory=dict)  # section → how its numbers came about
 
     @classmethod
     def read(cls, data: Fields) -> Scores:
         attacks = _attacks(data)
         preservation = data.table_or_none("preservation")
         attributes = data.table_or_none("attributes")
+        captions, instead = _later(data, "captions"), _later(data, "instead")
         return cls(
             concept=data.text("concept"),
             method=data.text("method"),
@@ -286,6 +291,9 @@ class Scores:
             not_defined={row.text("name"): row.text("reason") for row in data.tables("not_defined")}
             if "not_defined" in data
             else {},
+            captions=None if captions is None else Captions.read(captions),
+            instead=None if instead is None else Instead.read(instead),
+            protocol=data.table("protocol").data if "protocol" in data else {},
         )
 
     def beside(self, attack: Attack) -> tuple[Attack, ...]:
@@ -298,6 +306,11 @@ class Scores:
 
     def near_miss(self, name: str, model: str) -> NearMiss | None:
         return next((row for row in self.near_misses if (row.name, row.model) == (name, model)), None)
+
+
+def _later(data: Fields, key: str) -> Fields | None:
+    """A section that older versions of duo did not write."""
+    return data.table_or_none(key) if key in data else None
 
 
 def _attacks(data: Fields) -> tuple[Attack, ...]:
@@ -339,26 +352,7 @@ def _ordered(row: Fields, *values: float) -> None:
         raise UserError(f"{row.where}: an interval's numbers are not in order ({told}); restore the file, or {ANEW}")
 
 
-# --- images -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One scored image. `labels` are the judges' words; `survived` is of near misses alone, None elsewhere."""
-
-    path: Path
-    set: str
-    model: str
-    index: int
-    labels: tuple[str, ...]
-    prompt: str
-    seed: int
-    survived: bool | None = None
-
-    @property
-    def judged_absent(self) -> bool:
-        """Whether it was judged at all and no judge saw the concept, whole or spoiled."""
-        return bool(self.labels) and set(self.labels) == {"absent"}
+# --- the run ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,9 +363,6 @@ class PairPictures:
     unsafe: Path
     safe: Path
     unsafe_prompt: str
-
-
-# --- the run ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -398,10 +389,10 @@ class RunRecords:
     account: Mapping[str, Any]
     pairs: tuple[PairPictures, ...]
     curves: Mapping[str, tuple[tuple[float, float], ...]]
-    pictures: tuple[Picture, ...]
     spoils: bool
     cost: Mapping[str, float]
     machine: str | None
+    digests: Mapping[str, str]  # sha256 of what the run made, by file, where its stages recorded it
 
 
 def read_run(folder: Path) -> RunRecords:
@@ -440,11 +431,19 @@ def read_run(folder: Path) -> RunRecords:
         changed={name: int(count) for name, count in changed.items() if count},
         warnings=() if brought is None else tuple(brought.texts("warnings")),
         curves=_curves(folder / "erase" / "log.jsonl"),
-        pictures=_pictures(folder, list(scores.baselines)),
         spoils=_spoils(folder / "score" / "verdicts.jsonl"),
         cost=cost,
         machine=machine,
+        digests=_digests(folder, made),
     )
+
+
+def _digests(folder: Path, made: Fields) -> dict[str, str]:
+    """Of the erasure, the scores and the verdicts; older versions of duo recorded none."""
+    scored = read_object(folder / "score" / "manifest.json")
+    digests = {f"score/{name}": one for name, one in scored.data.get("digests", {}).items() if isinstance(one, str)}
+    name = "erasure that was brought" if "artefact" in made else "erase/delta.safetensors"
+    return ({name: made.text("digest")} if "digest" in made else {}) | digests
 
 
 def _made_by(brought: Fields | None) -> str | None:
@@ -479,8 +478,8 @@ def _pairs(folder: Path) -> tuple[PairPictures, ...]:
     return tuple(
         PairPictures(
             index=row.whole("index"),
-            unsafe=_inside(folder, row, "unsafe"),
-            safe=_inside(folder, row, "safe"),
+            unsafe=row.inside(folder, "unsafe"),
+            safe=row.inside(folder, "safe"),
             unsafe_prompt=row.text("unsafe_prompt"),
         )
         for row in read_rows(folder / "pairs.jsonl")
@@ -496,46 +495,6 @@ def _curves(path: Path) -> dict[str, tuple[tuple[float, float], ...]]:
             if name in row:
                 points[name][step] = row.number(name)
     return {name: tuple(sorted(curve.items())) for name, curve in points.items() if curve}
-
-
-def _pictures(folder: Path, attacks: list[str]) -> tuple[Picture, ...]:
-    labels: dict[tuple[str, str, int], list[str]] = {}
-    said: dict[tuple[str, str, int], Fields] = {}
-    for row in read_rows(folder / "score" / "verdicts.jsonl"):
-        key = (row.text("set"), row.one_of("model", (*MODELS, REFERENCE)), row.whole("index"))
-        labels.setdefault(key, []).append(row.one_of("label", LABELS))
-        said[key] = row
-    pictures = []
-    for attack in attacks:
-        for model in MODELS:
-            place = folder / "attack" / attack / model
-            for row in read_rows(place / "attempts.jsonl"):
-                pictures.append(
-                    Picture(
-                        path=_inside(place, row, "image"),
-                        set=attack,
-                        model=model,
-                        index=row.whole("index"),
-                        labels=tuple(labels.get((attack, model, row.whole("index")), ())),
-                        prompt=row.text("prompt"),
-                        seed=row.whole("seed"),
-                    )
-                )
-    for (name, model, index), row in sorted(said.items()):
-        if name not in attacks:
-            pictures.append(
-                Picture(
-                    path=folder / "score" / "images" / _plain_name(row, "set") / model / f"{index:04d}.png",
-                    set=name,
-                    model=model,
-                    index=index,
-                    labels=tuple(labels[name, model, index]),
-                    prompt=row.text("prompt"),
-                    seed=row.whole("seed"),
-                    survived=row.flag("survived") if "survived" in row else None,
-                )
-            )
-    return tuple(pictures)
 
 
 def _spoils(verdicts: Path) -> bool:
@@ -554,18 +513,3 @@ def _cost(path: Path) -> tuple[dict[str, float], str | None]:
         seconds[stage] = seconds.get(stage, 0.0) + row.number("seconds")
         machine = row.text("machine") if "machine" in row else machine
     return seconds, machine
-
-
-def _inside(folder: Path, row: Fields, key: str) -> Path:
-    """A file that a record names, refused where the name leads out of the stage's own folder."""
-    path = folder / row.text(key)
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{row.where}: field {key!r} is {row.text(key)!r}, which is outside {folder}")
-    return path
-
-
-def _plain_name(row: Fields, key: str) -> str:
-    name = row.text(key)
-    if Path(name).name != name or name == "..":
-        raise UserError(f"{row.where}: field {key!r} is {name!r}, expected the plain name of a folder")
-    return name

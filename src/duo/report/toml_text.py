@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from duo.report.plain_text import toml_escaped
+
 
 def toml_text(table: Mapping[str, Any], prefix: str = "") -> str:
     """`table` as TOML. None is left out, as TOML has no word for it; lists hold plain values, or tables only."""
@@ -27,4 +29,4 @@ def _value(value: object) -> str:
         return f"[{', '.join(_value(item) for item in value)}]"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # "inf" and "nan", as TOML writes them
-    return json.dumps(value, ensure_ascii=False)  # JSON's texts, numbers and truth values are TOML's
+    return toml_escaped(json.dumps(value, ensure_ascii=False))  # JSON's texts, numbers and truth values are TOML's

@@ -35,11 +35,14 @@ def run(session: Session, *, uncensored: bool = False) -> Path:
     return Path(parallel.once(lambda: str(report(session.dir.path, uncensored=uncensored))))
 
 
-def report(folder: Path, *, uncensored: bool = False) -> Path:
-    """Write `report.html`, `report.json` and `README.md` of a scored run; returns the path of the page."""
+def report(folder: Path, *, uncensored: bool = False, tradeoff: Path | None = None) -> Path:
+    """Write `report.html`, `report.json` and `README.md` of a scored run; returns the path of the page.
+
+    `tradeoff` is the figure of a bench, as in `duo.write_report`.
+    """
     from duo.report import write_report
 
     RunDir(folder).require()
     with RunDir(folder).locked():
-        write_report(folder, uncensored=uncensored)
+        write_report(folder, uncensored=uncensored, tradeoff=tradeoff)
     return folder / "report.html"

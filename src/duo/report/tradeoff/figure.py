@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAPER = "#ffffff"
-COLOURS = (*SERIES, "#8f6a00", "#c2417c", "#7d5a44")
+MORE = ("#8f6a00", "#c2417c", "#7d5a44")  # for more methods than other figures have series
+COLOURS = (*SERIES, *MORE)
 MARKERS = "osD^vPX*ph<>"
 FRONT: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (4, 2))}
 NEVER: dict[str, Any] = {"linewidth": 1.3, "linestyle": ":"}
