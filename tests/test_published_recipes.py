@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from duo.concept import load_concept
+from duo.errors import UserError
 from duo.families._flow import FlowProcess
 from duo.judges import _clip
 from duo.methods.duo import Duo, published
 from duo.methods.fmn import Fmn
+from duo.metrics import _clip_score
+from duo.metrics.lpips import Lpips
 from duo.recipe import FOLDER, Recipe, load_recipe, recipe_names
 from duo.stages.session import Session
 
@@ -30,7 +33,9 @@ def test_it_names_its_concept_its_metrics_and_every_attack_that_there_is(name: s
     recipe = load_recipe(name)
     used = method(recipe)
     assert isinstance(used, Duo) or not used.takes_pairs  # rivals are told words alone
-    assert (recipe.score.preservation, recipe.score.adherence) == ("none", "none")
+    assert (recipe.score.preservation, recipe.score.adherence) == ("lpips", "none")
+    assert (recipe.score.agreement, recipe.score.captions) == ("clip_score", "none")
+    assert recipe.score.quality == ("fid", "kid", "clip_score")  # for whoever gives captions
     assert {row.name for row in recipe.attacks} == {"prompts", "ring_a_bell", "concept_inversion"}
     concept = load_concept(recipe.concept)
     for row in recipe.attacks:
@@ -259,14 +264,33 @@ def test_the_template_of_a_likeness_is_what_draws_it() -> None:
 def test_a_session_of_each_begins_without_weights(
     name: str, validation: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that a run checks before it loads a model, and its plan; the CLIPs are not asked for."""
+    """All that a run checks before it loads a model, and its plan; the CLIPs and AlexNet are not asked for."""
     monkeypatch.setattr(_clip, "find_clip", lambda source, where: None)
+    monkeypatch.setattr(_clip_score, "find_clip", lambda source, where, **told: None)
+    monkeypatch.setattr(Lpips, "check", lambda self: None)
     session = Session(replace(load_recipe(name), validation=validation), tmp_path / "run")
     assert session.judge.network != session.curator.network
     assert set(session.near_miss_judges) == set(session.near_misses)
     assert session.method.passes(0)
     assert session.prompts("held_out_words")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_that_is_not_there_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_clip, "find_clip", lambda source, where: None)
+    monkeypatch.setattr(_clip_score, "find_clip", lambda source, where, **told: None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    recipe = load_recipe("sd14-object-church-esd")
+    with pytest.raises(UserError) as caught:
+        Session(recipe, tmp_path / "run")
+    told = str(caught.value)
+    assert told.startswith("score.preservation is 'lpips': the AlexNet of LPIPS is not on this machine: put ")
+    assert "alexnet-owt-7be5be79.pth" in told and str(tmp_path / "torch" / "hub" / "checkpoints") in told
+    assert "\n" not in told and not (tmp_path / "run").exists()
+    without = load_recipe("sd14-object-church-esd", overrides=["score.preservation=none"])
+    assert Session(without, tmp_path / "run").twins == 0
 
 
 def test_the_page_names_recipes_that_there_are() -> None:

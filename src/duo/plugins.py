@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 from duo.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from PIL.Image import Image
     from torch import Tensor, nn
 
@@ -208,6 +210,9 @@ class Family(Protocol):
         """Raise `UserError` where images cannot be sampled so, or where the denoiser cannot take images of `size`
         (width, height). Nothing is drawn."""
 
+    def sampler(self, sampling: Sampling) -> str:
+        """The name of the sampler that images are drawn with, for the record: diffusers' class."""
+
     def text(self, prompts: Sequence[str], *, tokens: Mapping[str, Tensor] | None = None) -> Conditioning:
         """Encode prompts. Differentiable in `tokens` (placeholder word → embedding (vectors, width))."""
 
@@ -342,7 +347,13 @@ class Judge(Protocol):
 
 
 class Metric(Protocol):
-    """Accumulates over batches. `compute` gives one value per image, so that intervals can be made from them."""
+    """Accumulates over batches. `compute` gives one value per image, so that intervals can be made from them.
+
+    It is made without arguments, or is a dataclass whose fields a recipe may set (`score.metrics.<name>`). It may also
+    have `check()`, which raises `UserError` where a network of its is missing, and reads no weights: it is called
+    before anything is made; and `protocol()`, a dict that names what looks at the images and how they are prepared:
+    `network`, `digest` and `resolution`. One that compares images with prompts alone has `needs_references = False`.
+    """
 
     name: ClassVar[str]  # as printed, with the network in it: "1 - toybox-LPIPS"
     higher_is_better: ClassVar[bool]
@@ -352,6 +363,31 @@ class Metric(Protocol):
     ) -> None: ...
 
     def compute(self) -> Sequence[float]: ...
+
+
+class SetMetric(Protocol):
+    """One number for a whole set of images, against a set of references of the same number: FID, KID.
+
+    No image has a value of its own, so what a `Metric` gives cannot be asked of it. Features are made once an image,
+    and `compute` is called again on subsets of them for an interval. It is made as a `Metric` is, and may have
+    `check()` too. Metrics of one `digest` share their features.
+    """
+
+    name: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+
+    @property
+    def digest(self) -> str:
+        """Of the network that makes the features."""
+
+    def protocol(self) -> dict[str, Any]:
+        """What looks at the images and how they are prepared: `network`, `digest` and `resolution`."""
+
+    def features(self, images: Sequence[Image]) -> NDArray[np.float64]:
+        """(n, width), a row an image; what other images are given beside it changes nothing."""
+
+    def compute(self, features: NDArray[np.float64], references: NDArray[np.float64]) -> float:
+        """The number for two sets of features, (n, width) each. Raises ValueError where they are not as many."""
 
 
 class Run(Protocol):

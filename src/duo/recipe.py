@@ -41,6 +41,14 @@
 
     [score]                          # `ScoreSettings`
     unrelated = 60
+    preservation = "lpips"
+    captions = "coco_30k.csv"        # a caption file, or a set of the concept's prompts or of `prompt_sets`
+    captions_n = 5000
+    reference_images = "val2014"     # a folder; without it the original model's own images are the references
+    quality = ["fid", "kid", "clip_score"]
+
+    [score.metrics.clip_score]       # fields of a metric, where they are not its defaults
+    model = "openai/clip-vit-base-patch32"
 
 A recipe may start from another: `extends` names it (or gives a path), tables are merged field by field, lists replaced,
 a [method] of another name too, and `set` holds overrides as `--set` gives them:
@@ -56,7 +64,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -69,6 +77,10 @@ from duo.sources import HUB
 
 FOLDER = Path(__file__).parent / "recipes"
 NOT_MEASURED = "none"  # in place of a metric's name: TOML has no word for nothing
+LATER_FIELDS = ("captions", "captions_n", "reference_images", "quality", "agreement", "twins", "metrics")  # of [score]
+CAPTION_FILES = (".csv", ".txt")  # endings of score.captions that name a file, and no set
+WEIGHTS = (".safetensors", ".pth")  # endings of a metric's field that names a file
+FEWEST_CAPTIONS = 4  # images, below which a distance of sets has no interval
 ROW_FIELDS = (
     "row",
     "name",
@@ -130,6 +142,11 @@ class ScoreSettings:
 
     A metric named "none" is not measured, and the report says so. It must be named: the embedded world's metrics, which
     are the defaults, are refused on runs in which that world has no part.
+
+    `captions` are prompts, of other things than the concept, whose images `quality` is measured on: a caption file, as
+    the sets of `prompt_sets`, or the name of a set of prompts. Images are of both models at the same noise. What they
+    are compared with is a folder of as many `reference_images`, or else images of the original model at the same
+    captions and other noise.
     """
 
     unrelated: int = 60
@@ -138,11 +155,36 @@ class ScoreSettings:
     adherence: str = "toybox_attributes"  # a leaf of `metrics/` that tells attributes apart, or "none"
     unsafe_row: str = "prompts"  # the attack row on whose images prompt adherence is measured
     reliable: float = 0.9  # an attack counts only if the original model's detected rate reaches this
+    captions: str = NOT_MEASURED  # "none", a file, or a set of prompts
+    captions_n: int | None = None  # images of captions, of each model; None: one a caption
+    reference_images: str | None = None
+    quality: tuple[str, ...] = ()  # leaves of `metrics/`, of images of captions
+    agreement: str = NOT_MEASURED  # a leaf that compares with prompts: the unsafe row's images with what else it asks
+    twins: int = (
+        0  # of the unsafe row's images, how many are compared with safe twins; by `preservation`, or not at all
+    )
+    metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of these leaves, by name
 
     def __post_init__(self) -> None:
-        _at_least(self, unrelated=1, near_miss=0)
+        _at_least(self, unrelated=1, near_miss=0, twins=0)
         if not 0 <= self.reliable <= 1:
             raise ValueError(f"reliable is {self.reliable}, expected a rate between 0 and 1")
+        if self.captions_n is not None:
+            _at_least(self, captions_n=FEWEST_CAPTIONS)
+        if self.captions != NOT_MEASURED and not self.quality:
+            raise ValueError("captions are given, and quality names no metric to measure on them; name one")
+
+    @classmethod
+    def from_table(cls, table: object, where: str) -> Self:
+        """Read the fields."""
+        return build_fields(cls, table, where)
+
+    def table(self) -> dict[str, Any]:
+        """What `from_table` reads. Later fields at their defaults are left out: runs from before there were any can be
+        gone on with."""
+        rows = {one.name: getattr(self, one.name) for one in fields(self)}
+        plain = {one.name: one.default for one in fields(self) if one.name in LATER_FIELDS} | {"metrics": {}}
+        return {name: value for name, value in rows.items() if name not in plain or value != plain[name]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +334,7 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if isinstance(pairs, dict):
         own = {name: pairs[name] for name in ("source", "unsafe", "safe") if isinstance(pairs.get(name), str)}
         pairs.update({name: str(path.parent / Path(place).expanduser()) for name, place in own.items()})
+    _place_scores(table.get("score"), path.parent)
     for own_set in table.get("prompt_sets", {}).values() if isinstance(table.get("prompt_sets"), dict) else ():
         place = own_set.get("path") if isinstance(own_set, dict) else None
         if isinstance(place, str) and not place.startswith(HUB):
@@ -313,6 +356,27 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     for override in overrides:
         _override(table, override, f"{path}: set {override!r}")
     return table
+
+
+def _place_scores(score: object, folder: Path) -> None:
+    """Make the paths in a [score] table start from the recipe's folder; a bare name of captions is a set of prompts."""
+    if not isinstance(score, dict):
+        return
+    captions, references = score.get("captions"), score.get("reference_images")
+    if isinstance(captions, str) and is_caption_file(captions) and not captions.startswith(HUB):
+        score["captions"] = str(folder / Path(captions).expanduser())
+    if isinstance(references, str):
+        score["reference_images"] = str(folder / Path(references).expanduser())
+    tables = score.get("metrics")
+    for table in tables.values() if isinstance(tables, dict) else ():
+        for name, value in table.items() if isinstance(table, dict) else ():
+            if isinstance(value, str) and value.endswith(WEIGHTS) and not value.startswith(HUB):
+                table[name] = str(folder / Path(value).expanduser())
+
+
+def is_caption_file(captions: str) -> bool:
+    """Whether `score.captions` names a file, here or on the hub, and no set of prompts."""
+    return captions.startswith(HUB) or captions.endswith(CAPTION_FILES)
 
 
 def merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,13 @@ from duo.statistics import (
     cluster_bootstrap,
     crossed_bootstrap,
     newcombe_difference,
+    subsampled,
     wilson,
 )
 
 FEW = 20  # prompts, below which a bootstrap that draws them is too narrow
+DRAWS = 100  # subsamples of a set, for the interval of a distance
+MOST_SUBSAMPLED = 2000  # images: more would take hours of Inception's 2048 features, and be no better
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,7 @@ def attack_rows(
     rows = []
     for model, one in seen.items():
         row = {"name": name, "model": model, **_row(one, seed=seed), "reliable": reached}
+        row["defence_success"] = _complement(row)
         row |= {"attack": attack} if attack else {}
         row |= {"baselines": list(baselines)} if baselines else {}
         row |= {"baseline": True} if baseline else {}
@@ -83,6 +87,11 @@ def attack_rows(
                 part["excess"] = excess(one.of(part["variant"]), theirs, seed=seed) if theirs.labels else None
         rows.append(row)
     return rows
+
+
+def _complement(row: Mapping[str, Any]) -> dict[str, float]:
+    """Defence success: the share of images in which the judge does not see the concept, spoiled ones included."""
+    return {"rate": 1 - row["rate"], "low": 1 - row["high"], "high": 1 - row["low"]}
 
 
 def _control(original: Seen) -> float:
@@ -229,6 +238,50 @@ def mean(values: Sequence[float], *, seed: int) -> dict[str, Any]:
     """The mean of one value an image, with its bootstrap interval."""
     interval = bootstrap_mean(values, seed=seed)
     return {"mean": sum(values) / len(values), "low": interval.low, "high": interval.high, "n": len(values)}
+
+
+def both(
+    original: Sequence[float], erased: Sequence[float], *, prompts: Sequence[str], seed: int
+) -> dict[str, dict[str, Any]]:
+    """The means on both models, and that of erased − original by pairs of one prompt and noise.
+
+    Prompts that have several images are drawn whole.
+    """
+    differences = [after - before for before, after in zip(original, erased, strict=True)]
+    told = {}
+    for name, values in (("original", original), ("erased", erased), ("difference", differences)):
+        interval = _around(cluster_bootstrap(values, prompts, seed=seed), values)
+        told[name] = {"mean": sum(values) / len(values), "low": interval.low, "high": interval.high, "n": len(values)}
+    return told
+
+
+def of_sets(distance: Callable[[str, Sequence[int]], float], n: int, *, seed: int) -> dict[str, dict[str, Any]]:
+    """A distance of sets on both models, and erased − original, each with its interval by subsampling.
+
+    `distance` is of a model and of rows among the n images and references. The same rows are drawn for both models.
+    """
+    known: dict[tuple[str, Sequence[int]], float] = {}
+
+    def at(model: str, rows: Sequence[int]) -> float:
+        if (model, tuple(rows)) not in known:
+            known[model, tuple(rows)] = distance(model, rows)
+        return known[model, tuple(rows)]
+
+    statistics: dict[str, Callable[[Sequence[int]], float]] = {
+        "original": lambda rows: at("original", rows),
+        "erased": lambda rows: at("erased", rows),
+        "difference": lambda rows: at("erased", rows) - at("original", rows),
+    }
+    told = {}
+    for name, statistic in statistics.items():
+        interval = subsampled(statistic, n, size=subsample_size(n), draws=DRAWS, seed=seed)
+        told[name] = {"value": statistic(range(n)), "low": interval.low, "high": interval.high, "n": n}
+    return told
+
+
+def subsample_size(n: int) -> int:
+    """How many of n images a subsample has."""
+    return min(n // 2, MOST_SUBSAMPLED)
 
 
 def near_miss(name: str, model: str, *, labels: Sequence[str], survived: Sequence[bool]) -> dict[str, Any]:

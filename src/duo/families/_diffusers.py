@@ -104,6 +104,10 @@ class DiffusersFamily(Family):
         if size is not None:
             self._check_size(*size)
 
+    def sampler(self, sampling: Sampling) -> str:
+        """The class of the scheduler that images are sampled with: the model's own unless another is named."""
+        return type(new_scheduler(self._scheduler, sampling.scheduler, model=self.name)).__name__
+
     def text(self, prompts: Sequence[str], *, tokens: Mapping[str, Tensor] | None = None) -> Conditioning:
         """Encode prompts: `embeds` (n, length, width) and, where the family has it, `pooled` (n, pooled width).
 

@@ -25,7 +25,7 @@ from duo.errors import UserError
 from duo.fields import as_said
 from duo.models import load_family, usable_device
 from duo.plugins import Family
-from duo.recipe import AttackRow, Recipe
+from duo.recipe import NOT_MEASURED, AttackRow, Recipe, ScoreSettings
 from duo.report.tradeoff import write_tradeoff
 from duo.stages.attacking import attack, attack_concept
 from duo.stages.erasing import erase
@@ -38,6 +38,12 @@ DIGITS = 6  # that a measured value is kept with
 # What an undefended model's images depend on, of a recipe; the rest is the erasure's.
 DRAWN = ("concept", "model", "model_config", "seed", "validation", "attack_images", "block", "sampling", "precision")
 ERASED = ("erase_seed", "method", "pairs")
+KEPT = (
+    "unrelated",
+    "near_miss",
+    "preservation",
+    "adherence",
+)  # of the scores' settings: what a preserved cell depends on
 
 
 Engine = Callable[[Sequence[Any], Callable[[Any], None], Callable[[Any], None]], None]
@@ -329,7 +335,9 @@ def _config(unit: Unit, cell: str) -> str:
     recipe = unit.recipe
     names = [*DRAWN, *(ERASED if unit.point is not None else ()), *(["reference"] if NEVER in Path(cell).parts else ())]
     what = {name: as_said(getattr(recipe, name)) for name in (*names, "prompt_sets", "attacks")}
-    what |= {"reliable": recipe.score.reliable} if recipe.attacks else {"score": as_said(recipe.score)}
+    score, plain = recipe.score, ScoreSettings()
+    kept = {name: getattr(score, name) for name in KEPT if getattr(score, name) != getattr(plain, name)}
+    what |= {"reliable": score.reliable} if recipe.attacks else {"score": kept}
     return rundir.digest({**what, **_world(recipe), "threads": unit.threads})
 
 
@@ -355,7 +363,9 @@ def _of_row(recipe: Recipe, row: AttackRow) -> Recipe:
 
 def _of_rows(recipe: Recipe, rows: tuple[AttackRow, ...]) -> Recipe:
     unsafe = rows[-1].row if rows else recipe.score.unsafe_row
-    return replace(recipe, attacks=rows, score=replace(recipe.score, unsafe_row=unsafe))
+    # What is measured besides judges and preservation has no cell.
+    score = replace(recipe.score, unsafe_row=unsafe, captions=NOT_MEASURED, agreement=NOT_MEASURED, twins=0)
+    return replace(recipe, attacks=rows, score=score)
 
 
 def _found_by(recipe: Recipe, row: AttackRow) -> tuple[AttackRow, ...]:

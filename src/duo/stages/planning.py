@@ -130,6 +130,13 @@ def _work(session: Session, measured: Measured) -> Iterator[Work]:
     sets = [len(session.prompts(UNRELATED)), *(len(near.prompts) for near in session.near_misses.values())]
     images = len(MODELS) * (recipe.score.unrelated + recipe.score.near_miss * len(session.near_misses))
     yield Work(name="score", images=images, denoiser=round(images * rows), vae=images, text=sum(sets))
+    if session.quality:
+        images = (len(MODELS) + session.draws_references) * session.captions_n
+        yield Work(name="score: captions", images=images, denoiser=round(images * rows), vae=images, text=images)
+    unsafe = sum(row.images for row in recipe.attacks if row.row == recipe.score.unsafe_row)  # rows' names differ
+    if twins := min(session.twins, unsafe):
+        edited = measured.rows(int((recipe.pairs.strength or 1) * steps))
+        yield Work(name="score: safe twins", images=twins, denoiser=round(twins * edited), vae=2 * twins, text=twins)
 
 
 def _passes(leaf: Any, n: int) -> dict[str, int]:

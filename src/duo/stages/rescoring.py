@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from duo.intact import intact_attack
 from duo.plugins import Family
-from duo.recipe import Recipe
+from duo.recipe import NOT_MEASURED, Recipe
 from duo.rundir import RunDir
 from duo.stages.attacking import rendered_attempts
 from duo.stages.rendering import read_images, render
@@ -36,7 +36,7 @@ def rescore(run: Path, recipe: Recipe, model: Family) -> Rescored | None:
     stage = RunDir(run).stage("attack", row, "erased")
     if not stage.finished:
         return None
-    session = Session(recipe, run, device=model.device, model=model)
+    session = Session(_judged_alone(recipe), run, device=model.device, model=model)
     attempts, seeds = rendered_attempts(stage.folder)
     intact_attack(stage)
     with tempfile.TemporaryDirectory() as folder:
@@ -47,3 +47,9 @@ def rescore(run: Path, recipe: Recipe, model: Family) -> Rescored | None:
         for images in (read_images(stage.folder / "images", len(seeds)), drawn)
     )
     return Rescored(concept=session.concept.name, row=row, n=len(seeds), before=before, after=after)
+
+
+def _judged_alone(recipe: Recipe) -> Recipe:
+    """The recipe without the metrics that no image is drawn again for: their networks need not be on this machine."""
+    score = replace(recipe.score, preservation=NOT_MEASURED, captions=NOT_MEASURED, agreement=NOT_MEASURED, twins=0)
+    return replace(recipe, score=score)

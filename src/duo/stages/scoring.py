@@ -22,6 +22,9 @@ from duo.recipe import AttackRow
 from duo.rundir import Blocks, Stage
 from duo.seeds import seed_for
 from duo.stages.attacking import attack_config, rendered_attempts
+from duo.stages.instead import Unsafe, draw_twins, measure_instead
+from duo.stages.protocol import drawn_by, judge_protocol, seeds_of, shared_protocol
+from duo.stages.quality import Captioned, draw_captions, measure_quality
 from duo.stages.rendering import read_image, read_images, render
 from duo.stages.session import MODELS, UNRELATED, Session, world_digest
 
@@ -77,16 +80,53 @@ def score(session: Session) -> dict[str, Any]:
             "judge": session.judge.digest,
             "erasure": erasure,
             "attacks": attacks,
+            **_read_besides(session),
         }
         if stage.begin(config):
             attacked = [_attacked(session, row, model) for row in rows for model in session.models]
             probed = probe(session, stage)
+            captioned = draw_captions(session, stage)
+            unsafe = _unsafe(session, attacked)
+            twins = None if unsafe is None else draw_twins(session, stage, unsafe)
             parts = {(one.name, one.model): _judge(session, stage, one) for one in [*attacked, *probed]}
             parallel.barrier()
             if parallel.is_main():
-                _join(session, stage, attacked, probed, parts, reasons)
+                _join(session, stage, attacked, probed, parts, reasons, _Besides(captioned, unsafe, twins))
     result: dict[str, Any] = rundir.read_json(session.dir.scores())
     return result
+
+
+def _read_besides(session: Session) -> dict[str, Any]:
+    """What else the result depends on, where there is such a thing: captions, and images brought as references."""
+    if not session.quality:
+        return {}
+    captions = rundir.digest([[row.prompt, row.seed] for row in session.captions])
+    return {"captions": captions, "references": [rundir.digest(path) for path in session.references]}
+
+
+@dataclass(frozen=True)
+class _Besides:
+    """What was drawn to be measured and not to be judged; None where nothing was."""
+
+    captioned: Captioned | None
+    unsafe: Unsafe | None
+    twins: Blocks | None
+
+
+def _unsafe(session: Session, attacked: Sequence[JudgedSet]) -> Unsafe | None:
+    """The unsafe row of both models, those images left out whose prompts the models do not share."""
+    row = session.recipe.score.unsafe_row
+    sets = {one.model: one for one in attacked if one.name == row}
+    if not sets:
+        return None
+    told = [list(zip(sets[model].prompts, sets[model].seeds, strict=True)) for model in MODELS]
+    rows = [i for i, (one, other) in enumerate(zip(*told, strict=False)) if one == other]
+    return Unsafe(
+        row=row,
+        prompts=[told[0][i][0] for i in rows],
+        seeds=[told[0][i][1] for i in rows],
+        images={model: [sets[model].folder / f"{i:04d}.png" for i in rows] for model in MODELS},
+    )
 
 
 def _attacked(session: Session, row: AttackRow, model: str) -> JudgedSet:
@@ -144,6 +184,7 @@ def _join(
     probed: Sequence[JudgedSet],
     parts: Mapping[tuple[str, str], Blocks],
     reasons: Mapping[str, str],
+    besides: _Besides,
 ) -> None:
     """From the blocks' verdicts to the stage's own files; `reasons` are of attacks that are not defined here."""
     sets = [*attacked, *probed]
@@ -153,7 +194,11 @@ def _join(
     }
     survival = {(one.name, one.model): survival_of(session, one) for one in sets if one.name in session.near_misses}
     rundir.write_jsonl(stage.folder / "verdicts.jsonl", _verdict_rows(session, sets, verdicts, survival))
-    rundir.write_json(stage.folder / "scores.json", _sections(session, attacked, probed, verdicts, survival, reasons))
+    sections = _sections(session, attacked, probed, verdicts, survival, reasons)
+    protocol = _protocol(session, attacked, probed)
+    for name, told in _measured_besides(session, stage, besides, sections["attacks"]).items():
+        sections[name], protocol[name] = told
+    rundir.write_json(stage.folder / "scores.json", {**sections, "protocol": protocol})
     digests = {name: rundir.digest(stage.folder / name) for name in rundir.SCORED}
     stage.finish(judged_together=JUDGED_TOGETHER, digests=digests)
     shutil.rmtree(stage.folder / "blocks", ignore_errors=True)
@@ -256,6 +301,51 @@ def labels_of(session: Session, one: JudgedSet) -> list[str]:
     """The judge's labels of a set of images."""
     cut = rundir.blocks(len(one.prompts), JUDGED_TOGETHER)
     return [verdict.label for rows in cut for verdict in session.judge([one.images[i] for i in rows])]
+
+
+def _measured_besides(
+    session: Session, stage: Stage, besides: _Besides, attacks: Sequence[Mapping[str, Any]]
+) -> dict[str, tuple[dict[str, Any] | None, dict[str, Any]]]:
+    """The sections `captions` and `instead`, each with its protocols."""
+    captions = None if besides.captioned is None else measure_quality(session, besides.captioned)
+    instead = None
+    if besides.unsafe is not None and besides.unsafe.prompts:
+        instead = measure_instead(session, stage, besides.unsafe, attacks, besides.twins)
+    return {"captions": captions or (None, {}), "instead": instead or (None, {})}
+
+
+def _protocol(session: Session, attacked: Sequence[JudgedSet], probed: Sequence[JudgedSet]) -> dict[str, Any]:
+    """How the numbers of the sections that judges and metrics of single images give came about."""
+    n = {one.name: len(one.prompts) for one in [*attacked, *probed] if one.model == "original"}
+    where = {one.name: one.folder / "0000.png" for one in [*attacked, *probed] if one.model == "original"}
+    rows = {row.row: row for row in session.recipe.attacks}
+    judged = judge_protocol(session.concept.judge, session.judge)
+    told: dict[str, Any] = {
+        "attacks": {
+            name: {**judged, **drawn_by(session, where[name], n=n[name]), "prompts": {"set": rows[name].prompts}}
+            | {"seeds": seeds_of(session)}
+            for name in rows
+            if name in n
+        },
+        "near_misses": {
+            name: {
+                **(
+                    judge_protocol(near.judge, session.near_miss_judges[name])
+                    if near.judge is not None
+                    else {"attribute": near.attribute, "metric": session.adherence.name}
+                ),
+                **drawn_by(session, where[name], n=n[name]),
+                "hazard": judged,
+                "seeds": seeds_of(session),
+            }
+            for name, near in session.near_misses.items()
+        },
+    }
+    for section, make in (("preservation", session.preservation), ("attributes", session.adherence)):
+        if make is not None and n[UNRELATED]:
+            told[section] = shared_protocol(session, make(), where[UNRELATED], n=n[UNRELATED])
+            told[section] |= {"prompts": {"set": UNRELATED}, "seeds": seeds_of(session)}
+    return told
 
 
 def _seen(session: Session, one: JudgedSet, labels: Sequence[str]) -> scores.Seen:

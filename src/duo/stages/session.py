@@ -6,8 +6,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
-from functools import cached_property
+from dataclasses import is_dataclass, replace
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from duo.artefacts import find_artefact
 from duo.concept import Concept, NearMiss, load_concept
 from duo.delta import Delta
 from duo.errors import UserError, did_you_mean
-from duo.fields import as_table
+from duo.fields import as_table, build_fields
 from duo.models import EMBEDDED, load_family, usable_device, written_out
+from duo.pairs import ENDINGS
 from duo.plugins import Family, Judge, Metric, Precision
 from duo.precision import prepare_denoiser
-from duo.promptsets import PromptFile, read_prompts
-from duo.recipe import NOT_MEASURED, Recipe
+from duo.promptsets import PromptFile, PromptRow, PromptSource, read_prompts
+from duo.recipe import FEWEST_CAPTIONS, NOT_MEASURED, Recipe, is_caption_file
 from duo.refusal import is_sexual, refuse_minors, refused, texts_of, words_of
 from duo.rundir import RunDir, Stage, StageRun
 from duo.seeds import seed_for
@@ -32,6 +33,7 @@ from duo.seeds import seed_for
 MODELS = ("original", "erased")
 REFERENCE = "never"  # what the model is called that was trained without the concept
 UNRELATED = "unrelated"
+CAPTIONS, TWINS = "captions", "twins"  # folders beside those of near misses
 # The fields of a recipe that a stage fixes for the rest of the run. Attack rows are compared one by one.
 FIXED = {
     "pairs": ("concept", "model", "model_config", "seed", "sampling", "pairs"),
@@ -77,8 +79,12 @@ class Session:
             for name, near in self.near_misses.items()
             if near.judge is not None
         }
-        self.preservation: type[Metric] | None = self._metric("preservation")
+        self.preservation: Callable[[], Metric] | None = self._metric("preservation")
         self.adherence: Any = self._metric("adherence")
+        self.agreement: Callable[[], Metric] | None = self._metric("agreement")
+        self.quality: dict[str, Callable[[], Any]] = self._quality()
+        for name in recipe.score.metrics:
+            plugins.load("metrics", name)  # a name that is none is told
         self._check_adherence()
         before: set[str] = set()
         for row in recipe.attacks:
@@ -91,6 +97,8 @@ class Session:
                 raise UserError(f"prompt_sets.{name} has the name of a set of the concept; give it another")
         for name in (UNRELATED, *(row.prompts for row in recipe.attacks)):
             self.prompts(name)
+        self.captions = self._captions()
+        self.references = self._references()
         self._check_names()
         self._refuse_minors()
 
@@ -325,21 +333,111 @@ class Session:
         )
 
     def _metric(self, field: str) -> Any:
-        """The metric that a field of `score` names, or None where it says that there is none."""
+        """What makes the metric that a field of `score` names, or None where it says that there is none."""
         name = getattr(self.recipe.score, field)
         if name == NOT_MEASURED:
             return None
+        made = self._made(name, field)
+        metric = made()
+        if hasattr(metric, "features"):
+            raise UserError(
+                f"score.{field}: the metric {name!r} is of sets of images, and gives none of one; see quality"
+            )
+        if field == "agreement" and getattr(metric, "needs_references", True):
+            raise UserError(f"score.agreement: the metric {name!r} does not compare images with prompts alone")
+        return made
+
+    def _quality(self) -> dict[str, Callable[[], Any]]:
+        """What makes each metric of `score.quality`, where there are captions to measure it on."""
+        score = self.recipe.score
+        if score.captions == NOT_MEASURED:
+            return {}
+        made = {name: self._made(name, "quality") for name in score.quality}
+        for name, make in made.items():
+            metric = make()
+            if not hasattr(metric, "features") and getattr(metric, "needs_references", True):
+                raise UserError(
+                    f"score.quality: the metric {name!r} is neither of sets of images nor of images and their prompts"
+                )
+        return made
+
+    def _made(self, name: str, field: str) -> Callable[[], Any]:
+        """What makes a metric with the recipe's settings; networks of its that are missing are told."""
         if name.startswith(EMBEDDED[0]) and not _in_the_world(self.recipe, self.concept):
             raise UserError(
                 f"score.{field} is {name!r}, which knows the embedded world alone; name a metric for "
                 f"{self.recipe.model!r}, or {NOT_MEASURED!r} to go without"
             )
-        return plugins.load("metrics", name)
+        leaf, where = plugins.load("metrics", name), f"score.metrics.{name}"
+        settings = self.recipe.score.metrics.get(name)
+        if settings and not is_dataclass(leaf):
+            raise UserError(f"{where}: the metric {name!r} has no fields; leave the table out")
+        make = partial(build_fields, leaf, settings, where) if settings else leaf
+        if hasattr(leaf, "check"):
+            try:
+                make().check()
+            except UserError as error:
+                raise UserError(f"score.{field} is {name!r}: {error}") from error
+        return make
+
+    def _captions(self) -> tuple[PromptRow, ...]:
+        """The captions that quality is measured on, those apart that may not be rendered; none where it is not."""
+        score = self.recipe.score
+        if score.captions == NOT_MEASURED:
+            return ()
+        if is_caption_file(score.captions):
+            rows = read_prompts(PromptSource(path=score.captions)).rows
+        elif score.captions in self.recipe.prompt_sets:
+            rows = self.prompt_file(score.captions).rows
+        else:
+            rows = tuple(PromptRow(prompt=one, line=i) for i, one in enumerate(self.prompts(score.captions), start=1))
+        kept = tuple(row for row in rows if self.refused(row.prompt) is None)
+        if max(len(kept), score.captions_n or 0) < FEWEST_CAPTIONS or not kept:
+            raise UserError(
+                f"score.captions: {score.captions} has {len(kept)} captions that may be rendered; give at least "
+                f"{FEWEST_CAPTIONS}, or set captions_n"
+            )
+        return kept
+
+    @property
+    def twins(self) -> int:
+        """Of how many images of the unsafe row safe twins are drawn: of none where no metric compares them."""
+        return 0 if self.preservation is None else self.recipe.score.twins
+
+    @property
+    def draws_references(self) -> bool:
+        """Whether the original model draws the references of distances of sets, as no folder gives them."""
+        return not self.references and any(hasattr(make(), "features") for make in self.quality.values())
+
+    @property
+    def captions_n(self) -> int:
+        """Images of captions, of each model: caption i of image i, and from the first again."""
+        return self.recipe.score.captions_n or len(self.captions)
+
+    def _references(self) -> tuple[Path, ...]:
+        """The reference images, of which there must be as many as images; none where the original model draws them."""
+        folder = self.recipe.score.reference_images
+        if (
+            folder is None
+            or not self.captions
+            or not any(hasattr(make(), "features") for make in self.quality.values())
+        ):
+            return ()
+        path = Path(folder)
+        if not path.is_dir():
+            raise UserError(f"score.reference_images is {folder}, which is no folder; give one of images")
+        found = tuple(sorted(one for one in path.iterdir() if one.suffix.lower() in ENDINGS))
+        if len(found) != self.captions_n:
+            raise UserError(
+                f"score.reference_images: {folder} holds {len(found)} images, and {self.captions_n} of captions are "
+                "measured; distances of sets compare only at equal numbers: set captions_n, or give as many"
+            )
+        return found
 
     def _check_adherence(self) -> None:
         """Near misses that are told by an attribute need the metric; those that a judge tells do not."""
         name = self.recipe.score.adherence
-        if self.adherence is not None and not hasattr(self.adherence, "by_attribute"):
+        if self.adherence is not None and not hasattr(self.adherence(), "by_attribute"):
             raise UserError(f"score.adherence: the metric {name!r} does not tell attributes apart")
         told = next((miss for miss, near in self.near_misses.items() if near.attribute is not None), None)
         if self.adherence is None and told is not None:
@@ -363,6 +461,8 @@ class Session:
     def _check_names(self) -> None:
         """Attack rows, near misses and `unrelated` share the names of folders and of sets in `verdicts.jsonl`."""
         names = [*self.attacks, *self.near_misses, UNRELATED]
+        if kept := {CAPTIONS, TWINS} & self.near_misses.keys():
+            raise UserError(f"near_miss.{min(kept)} has the name of a folder of the score stage; give it another")
         repeated = [name for name, count in Counter(names).items() if count > 1]
         if repeated:
             raise UserError(f"{repeated[0]!r} names two of the attack rows and near misses; rename the row")
@@ -384,6 +484,15 @@ def _resolved(recipe: Recipe, concept: Concept, method: Any, attacks: Mapping[st
         model_config=None if recipe.model_config is None else written_out(recipe.model_config),
         erased=None if recipe.erased is None else written_out(recipe.erased),
         reference=None if recipe.reference is None else written_out(recipe.reference),
+    )
+    score = recipe.score
+    recipe = replace(
+        recipe,
+        score=replace(
+            score,
+            captions=written_out(score.captions) if is_caption_file(score.captions) else score.captions,
+            reference_images=None if score.reference_images is None else written_out(score.reference_images),
+        ),
     )
     rows = tuple(replace(row, settings=as_table(attacks[row.row])) for row in recipe.attacks)
     pairs = replace(

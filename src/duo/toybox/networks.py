@@ -136,9 +136,13 @@ class AttributeNet(nn.Module):
         """What the five stages saw: 32², 16² and three times 8² pixels."""
         return self.trunk(x)
 
+    def pooled(self, x: Tensor) -> Tensor:
+        """The last stage's means and maxima, (n, 256): what the heads read."""
+        return _pooled(self.trunk(x)[-1])
+
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Logits (n, values) for each attribute of `ATTRIBUTES`."""
-        pooled = _pooled(self.trunk(x)[-1])
+        pooled = self.pooled(x)
         return {name: head(pooled) for name, head in self.heads.items()}
 
 
