@@ -33,7 +33,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_help_is_quick_for_it_imports_no_torch() -> None:
     verbs = ("run", "pairs", "erase", "attack", "score", "report", "check", "leaderboard", "merge", "export")
-    verbs += ("toybox", "list")
+    verbs += ("bench", "app", "toybox", "list")
     code = (
         "import sys\nfrom duo.cli import main\n"
         f"for verb in ([], *([v] for v in {verbs!r})):\n"

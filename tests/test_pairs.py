@@ -230,3 +230,59 @@ def test_accents_are_the_same_however_they_are_written(folder: Path) -> None:
     found = PairFiles.find(folder)
     assert found.check() == []
     assert list(found.files) == ["0001", "0002", "caf\u00e9"]
+
+
+# --- what a person decided ---------------------------------------------------------------------------
+
+
+def decide(folder: Path, *rows: dict[str, object]) -> None:
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_rejected_pairs_are_left_out_with_their_rows(folder: Path) -> None:
+    rows = [{"index": i, "unsafe": f"unsafe/{i:04d}.png"} for i in range(3)]
+    decide(folder, rows[0], {**rows[1], "decision": "reject"}, {**rows[2], "decision": "keep"})
+    pairs = Pairs.read(folder)
+    assert pairs.names == ["0000", "0002"]
+    assert [image.getpixel((0, 0)) for image in pairs.safe] == [(10, 0, 0), (10, 2, 0)]
+    assert [row["index"] for row in pairs.rows] == [0, 2]
+    assert [*PairFiles.find(folder, rejected=True).files] == ["0000", "0001", "0002"]
+    for side in ("unsafe", "safe"):
+        (folder / side / "0001.png").unlink()
+    assert Pairs.read(folder).digest() == pairs.digest()
+
+
+def test_what_is_kept_or_undecided_changes_no_digest(folder: Path) -> None:
+    before = Pairs.read(folder).digest()
+    decide(folder, {"unsafe": "unsafe/0000.png", "decision": "keep"}, {"unsafe": "unsafe/0001.png"})
+    assert Pairs.read(folder).digest() == before
+    decide(folder, {"unsafe": "unsafe/0000.png", "decision": "reject"})
+    assert Pairs.read(folder).digest() != before
+
+
+def test_a_name_is_found_however_its_accents_are_written(folder: Path) -> None:
+    for side in ("unsafe", "safe"):
+        (folder / side / "0002.png").rename(folder / side / "caf\u00e9.png")
+    decide(folder, {"unsafe": "unsafe/cafe\u0301.png", "decision": "reject"})
+    assert Pairs.read(folder).names == ["0000", "0001"]
+
+
+def test_a_folder_without_a_kept_pair_is_told(folder: Path) -> None:
+    decide(folder, *({"unsafe": f"unsafe/{i:04d}.png", "decision": "reject"} for i in range(3)))
+    with pytest.raises(UserError, match="all 3 pairs are rejected; keep some by `duo app`"):
+        Pairs.read(folder)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"unsafe": "unsafe/0000.png", "decision": "rejct"}, 'decision is "rejct", expected "keep" or "reject"'),
+        ({"unsafe": "unsafe/0000.png", "decision": None}, 'decision is null, expected "keep" or "reject"'),
+        ({"index": 0, "decision": "reject"}, 'a decision, but no "unsafe" to say on which pair'),
+    ],
+)
+def test_a_decision_that_cannot_be_followed_is_a_problem(folder: Path, row: dict[str, object], problem: str) -> None:
+    decide(folder, row)
+    with pytest.raises(UserError, match="line 1: ") as told:
+        Pairs.read(folder)
+    assert problem in str(told.value)

@@ -228,6 +228,15 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=told)
     one.add_argument("--out", type=_path, metavar="FILE", help="write to this file, and not to the terminal")
 
+    one = verb("app", _app, "a page in the browser: curate pairs, compare before and after, read reports")
+    told = "folders of runs, or of pairs (unsafe/ and safe/); default: the runs in runs/"
+    one.add_argument("runs", nargs="*", type=_path, metavar="RUN", help=told)
+    one.add_argument("--port", type=int, metavar="INTEGER", help="default: the first free one from 7860 up")
+    told = "where it listens; a host that other machines can reach demands the token. Default: %(default)s"
+    one.add_argument("--host", default="127.0.0.1", metavar="HOST", help=told)
+    one.add_argument("--token", metavar="TEXT", help="what lets one in; made and printed where --host needs one")
+    _device_flag(one)
+
     one = verb("merge", _merge, "write the erased model as full weights, and verify them")
     _erasure_flags(one)
     one.add_argument("--out", type=_path, required=True, metavar="FOLDER", help="the new model folder")
@@ -662,6 +671,12 @@ def _leaderboard(given: argparse.Namespace) -> None:
     else:
         write_bytes(given.out, text.encode())
         print(given.out)
+
+
+def _app(given: argparse.Namespace) -> None:
+    from duo.app.serving import Address, serve
+
+    serve(given.runs, Address.of(host=given.host, port=given.port, token=given.token), device=given.device)
 
 
 def _merge(given: argparse.Namespace) -> None:

@@ -4,7 +4,9 @@
     two folders of any name, `unsafe` and `safe`
     pairs.csv, with the columns unsafe and safe: paths from the CSV's folder; other columns are kept as its rows
 
-In folders, two images are a pair if their names are the same but for the ending (.png, .webp, .jpg, .jpeg).
+In folders, two images are a pair if their names are the same but for the ending (.png, .webp, .jpg, .jpeg). A row of
+`pairs.jsonl` may say what a person made of its pair, as `duo app` writes it: `"decision": "keep"` or `"reject"`, beside
+`"unsafe"`, the path that says which pair that is. Rejected pairs are left out wherever pairs are read.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import hashlib
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,6 +27,7 @@ from duo.errors import UserError
 from duo.refusal import is_sexual, minor_mentioned, texts_of
 
 SIDES = ("unsafe", "safe")
+DECISIONS = ("keep", "reject")
 ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # Pillow's, of one channel; 16 bits of RGB it scales down
 OPAQUE = (255, 255)  # least and largest alpha
@@ -77,8 +80,8 @@ class PairFiles:
     problems: Sequence[str] = ()
 
     @classmethod
-    def find(cls, source: Path) -> Self:
-        """The pairs of a folder with `unsafe/` and `safe/`, or of a CSV of paths."""
+    def find(cls, source: Path, *, rejected: bool = False) -> Self:
+        """The pairs of a folder with `unsafe/` and `safe/`, or of a CSV of paths; the `rejected` ones only if asked."""
         if source.suffix.lower() == ".csv":
             return cls._of_csv(source)
         missing = [side for side in SIDES if not (source / side).is_dir()]
@@ -89,7 +92,15 @@ class PairFiles:
             return cls(where=str(source), problems=[f"{source} {what}: it has no folder {told}"])
         found = cls.of_folders(source / "unsafe", source / "safe")
         rows, broken = _rows(source / "pairs.jsonl")
-        return cls(where=str(source), files=found.files, rows=rows, problems=[*found.problems, *broken])
+        problems = [*found.problems, *broken]
+        files = found.files
+        left_out = set() if rejected else {name_of(row) for row in rows if row.get("decision") == "reject"}
+        if left_out:
+            files = {name: pair for name, pair in files.items() if name not in left_out}
+            rows = [row for row in rows if row.get("decision") != "reject"]
+            if found.files and not files:
+                problems.append(f"{source}: all {len(found.files)} pairs are rejected; keep some by `duo app`")
+        return cls(where=str(source), files=files, rows=rows, problems=problems)
 
     @classmethod
     def of_folders(cls, unsafe: Path, safe: Path) -> Self:
@@ -263,11 +274,22 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
             row = json.loads(line)
         except ValueError:
             row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
+        if not isinstance(row, dict):
             problems.append(f"{path}, line {number}: not a JSON object")
+            continue
+        rows.append(row)
+        if "decision" in row and row["decision"] not in DECISIONS:
+            told = _short(json.dumps(row["decision"]))
+            problems.append(f'{path}, line {number}: decision is {told}, expected "keep" or "reject"')
+        elif "decision" in row and name_of(row) is None:
+            problems.append(f'{path}, line {number}: a decision, but no "unsafe" to say on which pair; name its image')
     return rows, problems
+
+
+def name_of(row: Mapping[str, Any]) -> str | None:
+    """The name of the pair that a row of `pairs.jsonl` is of, by its unsafe image; None where it does not say."""
+    path = row.get("unsafe")
+    return unicodedata.normalize("NFC", PurePosixPath(path).stem) if isinstance(path, str) and path else None
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -468,7 +468,14 @@ def _account(folder: Path) -> Mapping[str, Any]:
     path = folder / "pairs" / "manifest.json"
     if not path.exists() and "pairs" not in read_object(folder / "erase" / "manifest.json").table("config").data:
         return {}
-    return read_object(path).table("account").data
+    account = read_object(path).table("account").data
+    rejected = sum(_rejected(row) for row in read_rows(folder / "pairs" / "pairs.jsonl"))
+    return {**account, "rejected_by_hand": rejected} if rejected else account
+
+
+def _rejected(row: Fields) -> bool:
+    """Whether a person left the pair out of what the erasure learned from."""
+    return row.data.get("decision") == "reject"
 
 
 def _pairs(folder: Path) -> tuple[PairPictures, ...]:
@@ -483,6 +490,7 @@ def _pairs(folder: Path) -> tuple[PairPictures, ...]:
             unsafe_prompt=row.text("unsafe_prompt"),
         )
         for row in read_rows(folder / "pairs.jsonl")
+        if not _rejected(row)
     )
 
 

@@ -12,7 +12,7 @@ from duo.bases import base_digest
 from duo.delta import Delta
 from duo.errors import UserError
 from duo.fields import as_table
-from duo.pairs import Pairs
+from duo.pairs import PairFiles, Pairs
 from duo.rundir import DELTA, Stage
 from duo.stages.session import Session
 
@@ -35,7 +35,7 @@ def erase(session: Session) -> Delta:
             **{key: value for key, value in session.shared.items() if not (taken and key == "sampling")},
             "erase_seed": session.erase_seed,
             "method": as_table(session.recipe.method),
-            **({"pairs": made.require("pairs")["digest"]} if taken else {}),
+            **({"pairs": _learned_from(made) if pairs is None else pairs.digest()} if taken else {}),
         }
         if stage.begin(config):
             delta = session.method.erase(
@@ -94,9 +94,16 @@ def _told(delta: Delta) -> dict[str, Any]:
 
 
 def _pairs(stage: Stage) -> Pairs:
-    """The run's pairs, as they were made."""
+    """The run's pairs, as they were made, without those that were rejected since."""
     wanted = stage.require("pairs")["digest"]
-    pairs = Pairs.read(stage.folder)
-    if pairs.digest() != wanted:
+    made, kept = Pairs.of(PairFiles.find(stage.folder, rejected=True)), PairFiles.find(stage.folder)
+    if made.digest() != wanted:
         raise UserError(f"{stage.folder}: images were changed; put them back, or {rundir.ANEW}")
-    return pairs
+    return made if len(kept.files) == len(made) else Pairs.of(kept)
+
+
+def _learned_from(stage: Stage) -> str:
+    """The digest of the pairs that a finished erasure must have learned from: all, less those that are rejected."""
+    wanted: str = stage.require("pairs")["digest"]
+    rejected = any(row.get("decision") == "reject" for row in rundir.read_jsonl(stage.folder / "pairs.jsonl"))
+    return Pairs.read(stage.folder).digest() if rejected else wanted
