@@ -23,7 +23,7 @@ check:
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 tune: .venv/installed
 	$(BIN)/python benchmarks/tune.py --out runs/tune
