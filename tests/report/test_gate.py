@@ -431,9 +431,9 @@ def test_the_examples_of_the_page_can_be_read() -> None:
     steps = yaml.safe_load(workflow)["jobs"]["gate"]["steps"]
     commands = [step["run"] for step in steps if "run" in step]
     commands += re.findall(r"^duo check .*$", "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)), re.M)
-    from duo.cli import _parser
+    from duo.flags import parser_for
 
     checks = [re.split("[#>&]", line)[0].split() for line in commands if line.startswith("duo check")]
     assert len(checks) >= 3
     for words in checks:
-        _parser(words[1:]).parse_args(words[1:])
+        parser_for(words[1:]).parse_args(words[1:])
