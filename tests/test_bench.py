@@ -113,6 +113,11 @@ def test_a_grid_has_every_strength_of_every_seed_seeds_outermost(grid: Grid) -> 
         (("seeds = [3, 4]", "seeds = []"), "seeds is empty"),
         (("seeds = [3, 4]", "seeds = [3, 3]"), "different whole numbers"),
         (("seeds = [3, 4]", "seeds = [-1]"), "from 0 up"),
+        (("seeds = [3]", "seeds = [-1]"), "methods.once: seeds are [-1]"),
+        (("seeds = [3]", "seeds = []"), "methods.once: seeds is empty"),
+        (("seeds = [3, 4]", "seeds = [3, 4]\nattacks = []"), "attacks is empty"),
+        (("method.size=1.0", "erase_seed=5"), "erase_seed is what seeds say"),
+        (("method.size=1.0", "score.adherence='none'"), "methods.once has another score"),
         (("seeds = [3, 4]", "seeds = [3, 4]\nthreads = 0"), "threads is 0"),
         (("methods.once", "methods.original"), "methods.original: the name is a folder's"),
         (("methods.once", 'methods."a/b"'), "methods.a/b: the name is a folder's"),
@@ -253,6 +258,16 @@ def test_cells_of_other_settings_are_refused(grid: Grid, tmp_path: Path, write: 
     with pytest.raises(UserError, match=r"original/prompts\.json is of other settings than bench 'bench' has now"):
         make(other, tmp_path / "out")
     assert cells(results) == before
+
+
+def test_the_results_of_another_bench_are_left_alone(grid: Grid, tmp_path: Path, write: Callable[..., Path]) -> None:
+    results = make(grid, tmp_path / "out", only=["once"])
+    before = cells(results) | {"bench.json": (results / "bench.json").read_bytes()}
+    renamed = tmp_path / "mine.toml"
+    renamed.write_text(write().read_text())
+    with pytest.raises(UserError, match=r"bench\.json is of another bench than 'mine'"):
+        make(lay_out(load_bench(renamed)), tmp_path / "out")
+    assert cells(results) | {"bench.json": (results / "bench.json").read_bytes()} == before
 
 
 def test_an_attack_that_is_not_defined_leaves_a_cell_that_says_why(

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,3 +192,10 @@ def test_progress_is_plain_without_a_terminal(tmp_path: Path, capsys: pytest.Cap
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 11
     assert lines[-1] == "erase: 100/100  loss 0.5"
+
+
+@pytest.mark.parametrize("read", [rundir.read_json, rundir.read_jsonl])
+def test_json_that_is_nested_without_end_is_told(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000 + "\n")
+    with pytest.raises(UserError, match=r"deep\.json is not valid JSON"):
+        read(tmp_path / "deep.json")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from duo.scores import Seen, attack_rows, excess, rate_interval
+from duo.scores import Seen, attack_rows, excess, near_miss, rate_interval
 from duo.statistics import cluster_bootstrap, crossed_bootstrap, newcombe_difference, wilson
 
 
@@ -145,3 +145,14 @@ def test_a_setting_that_is_no_attack_is_no_control() -> None:
     original = seen("++--", "abab", "0011", idle="0")
     rows = attack_rows("relearn", {"original": original, "erased": original}, reliable=0.9, seed=0)
     assert [row["reliable"] for row in rows] == [False, False]
+
+
+def test_near_misses_that_share_prompts_have_wider_intervals() -> None:
+    """Ten images of each of two prompts, of which one always survives, tell no more than two prompts do."""
+    survived, labels = [True, False] * 10, ["absent"] * 20
+    shared = near_miss("smoke", "erased", labels=labels, survived=survived, prompts=["a", "b"] * 10, seed=0)
+    apart = near_miss("smoke", "erased", labels=labels, survived=survived, prompts=list(map(str, range(20))), seed=0)
+    of_two = wilson(1, 2)
+    assert shared["survived"]["low"] <= of_two.low and shared["survived"]["high"] >= of_two.high
+    assert (apart["survived"]["low"], apart["survived"]["high"]) == wilson(10, 20)
+    assert shared["survived"]["mean"] == apart["survived"]["mean"] == 0.5

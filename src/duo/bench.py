@@ -28,7 +28,7 @@ from typing import Any
 
 from duo.errors import UserError, did_you_mean
 from duo.fields import as_table, build, read_toml
-from duo.recipe import Recipe, load_recipe
+from duo.recipe import NOT_MEASURED, Recipe, load_recipe
 from duo.red_team import ALL, red_team
 
 SCHEMA = 1  # of bench.json and the cells
@@ -36,6 +36,12 @@ FOLDER = Path(__file__).parent / "benches"
 PRESERVED = "preserved"  # the cell of what an erasure kept
 ORIGINAL, NEVER = "original", "never"
 TAKEN = (PRESERVED, "erase", "pairs", "images", ORIGINAL, NEVER)  # names of folders that are no contender's or row's
+KEPT = (
+    "unrelated",
+    "near_miss",
+    "preservation",
+    "adherence",
+)  # of the scores' settings: what a preserved cell depends on
 SHARED = ("concept", "model", "model_config", "seed", "validation", "sampling", "precision", "block", "attack_images")
 
 
@@ -54,6 +60,13 @@ class Contender:
             raise ValueError("strength and values go together; give both, or neither")
         if len({_label(value) for value in self.values}) != len(self.values):
             raise ValueError(f"values are {list(self.values)}, of which two are the same")
+        if self.seeds is not None:
+            _check_seeds(self.seeds)
+        fixed = next(
+            (text for text in (self.strength or "", *self.set) if text.partition("=")[0] == "erase_seed"), None
+        )
+        if fixed is not None:
+            raise ValueError("erase_seed is what seeds say; leave it out of set and strength")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +84,10 @@ class Bench:
     folder: str = field(default="")  # where its paths start
 
     def __post_init__(self) -> None:
-        for what, values in (("seeds", self.seeds), ("methods", self.methods)):
+        for what, values in (("methods", self.methods), ("attacks", self.attacks)):
             if not values:
                 raise ValueError(f"{what} is empty; give at least one")
-        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds are {list(self.seeds)}, expected different whole numbers from 0 up")
+        _check_seeds(self.seeds)
         if self.threads < 1:
             raise ValueError(f"threads is {self.threads}, expected at least 1")
         for name in self.methods:
@@ -165,6 +177,8 @@ def lay_out(bench: Bench) -> Grid:
         raise UserError(
             f"bench {bench.name}: an attack row is called {bad!r}, which is the name of a folder of its own"
         )
+    if shared.score.preservation == NOT_MEASURED:
+        raise UserError(f"bench {bench.name}: score.preservation is {NOT_MEASURED!r}; name a metric to compare by")
     points = [point for seed in _seeds(bench) for name in bench.methods for point in _points(bench, name, seed)]
     for point in points:
         _same(bench, shared, point)
@@ -190,6 +204,13 @@ def _of(bench: Bench, one: Contender) -> tuple[int, ...]:
     return bench.seeds if one.seeds is None else one.seeds
 
 
+def _check_seeds(seeds: Sequence[int]) -> None:
+    if not seeds:
+        raise ValueError("seeds is empty; give at least one")
+    if len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise ValueError(f"seeds are {list(seeds)}, expected different whole numbers from 0 up")
+
+
 def _label(value: object) -> str:
     text = f"{value:g}" if isinstance(value, float) else str(value)
     return "".join(letter if letter.isalnum() or letter in "._-+" else "_" for letter in text)
@@ -206,7 +227,9 @@ def _with_rows(bench: Bench, recipe: Recipe) -> Recipe:
 def _same(bench: Bench, shared: Recipe, point: Point) -> None:
     """What the original model draws is shared, so nothing that it depends on may differ."""
     ours, theirs = as_table(shared), as_table(point.recipe)
-    for name in (*SHARED, "attacks", "prompt_sets", "reference"):
+    for table in (ours, theirs):  # what a preserved cell depends on
+        table["score"] = {name: table["score"][name] for name in KEPT}
+    for name in (*SHARED, "attacks", "prompt_sets", "reference", "score"):
         if ours[name] != theirs[name]:
             raise UserError(
                 f"bench {bench.name}: methods.{point.method} has another {name} than the bench's recipe "

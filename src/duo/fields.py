@@ -182,7 +182,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # of tomllib, of UTF-8, or of a path with a NUL in it
+    except (ValueError, RecursionError) as error:  # of tomllib, of UTF-8, or of a path with a NUL in it
         raise UserError(f"{path} is not valid TOML: {error}") from error
 
 

@@ -44,6 +44,11 @@ def budget_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
+def budget_rows() -> set[str]:
+    """The names of the attack rows of every budget in the package."""
+    return {row["row"] for path in FOLDER.glob("*.toml") for row in read_toml(path)["attacks"]}
+
+
 def red_team(recipe: Recipe, *, budget: str, attacks: Sequence[str] = (ALL,)) -> Recipe:
     """The recipe with the attacks of a budget in place of its own: all, or those whose names or rows are given."""
     path = _path(recipe.red_team, budget)

@@ -74,7 +74,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run the stage that writes it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore it, or start anew with another --out") from error
 
 
@@ -117,7 +117,7 @@ def read_jsonl(path: Path, *, appended: bool = False) -> list[dict[str, Any]]:
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("a row is no object")
         return rows
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSONL ({error}); restore it, or start anew with another --out") from error
 
 

@@ -284,9 +284,15 @@ def subsample_size(n: int) -> int:
     return min(n // 2, MOST_SUBSAMPLED)
 
 
-def near_miss(name: str, model: str, *, labels: Sequence[str], survived: Sequence[bool]) -> dict[str, Any]:
-    """One near miss on one model: how often the judge saw the concept in it, and how often it is still what it is."""
-    alive = share(survived)
+def near_miss(
+    name: str, model: str, *, labels: Sequence[str], survived: Sequence[bool], prompts: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """One near miss on one model: how often the judge saw the concept in it, and how often it is still what it is.
+
+    The interval is of images that share prompts, as that of an attack (`rate_interval`).
+    """
+    seen = Seen(labels=labels, prompts=prompts, variants=[""] * len(labels))
+    alive = {**share(survived), **rate_interval(seen, survived, seed=seed)._asdict()}
     return {
         "name": name,
         "model": model,

@@ -56,7 +56,7 @@ def images_for_bound(rate: float, limit: float, *, confidence: float = 0.95) -> 
     (73, 0.05, 0.0507)
     """
     _check_confidence(confidence)
-    if not 0 <= rate < limit <= 1:
+    if not 0 <= rate < limit <= 1 or (limit - rate) ** 2 == 0:
         raise ValueError(f"a rate of {rate} cannot be shown to be at most {limit}")
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     return max(1, math.ceil(z**2 * limit * (1 - limit) / (limit - rate) ** 2))

@@ -100,3 +100,16 @@ def test_a_figure_of_ours_loses_no_mark_and_no_word() -> None:
             one.text for one in again if tag == "text"
         ]
     assert "style=" not in inlined(svg, name="f", where="x")
+
+
+def test_shapes_that_copy_copies_are_refused() -> None:
+    """Ten levels of ten are ten thousand million shapes in two thousand characters."""
+    levels = "".join(f'<g id="l{i + 1}">' + f'<use href="#l{i}"/>' * 10 + "</g>" for i in range(9))
+    with pytest.raises(UserError, match="<use> copies other <use>"):
+        _inlined(f'<defs><path id="l0" d="M0 0"/>{levels}</defs><use href="#l9"/>')
+    assert "<use" in _inlined('<path id="m" d="M0 0"/><g id="g"><use xlink:href="#m"/></g>')
+
+
+def test_deep_nesting_is_refused() -> None:
+    with pytest.raises(UserError, match="nested more than 50 deep"):
+        _inlined("<g>" * 3000 + "</g>" * 3000)

@@ -136,6 +136,8 @@ def _try(address: Address) -> None:
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
         socket.create_server((address.host, address.port or 0), family=family).close()
+    except (UnicodeError, TypeError) as error:  # a name that is none: over 63 letters, or with what no host has
+        raise _unheard(address, first_line(error)) from None
     except OSError as error:
         raise _unheard(address, (error.strerror or first_line(error)).partition(" (while")[0]) from None
 

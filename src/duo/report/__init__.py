@@ -18,14 +18,15 @@ from duo.rundir import write_bytes
 __all__ = ["SCHEMA", "build_report", "read_run", "verdict", "write_report"]
 
 FIGURE = "figure4.svg"  # as a bench names it
+UNCENSORED = "report-uncensored.html"  # apart, so that the page that is passed on never has the originals
 
 
 def write_report(run: Path, *, uncensored: bool = False, tradeoff: Path | None = None) -> Path:
-    """Write the three files of the report into the run folder `run` and return the path of `report.html`.
+    """Write the three files of the report into the run folder `run` and return the path of the page.
 
-    `uncensored` embeds the unsafe originals in the page, each behind a click. `tradeoff` is the figure of a bench that
-    the run is part of, an SVG or a folder with `figure4.svg`: it is copied to `tradeoff.svg` in the run folder, and is
-    part of the page as long as it lies there.
+    `uncensored` also writes, and returns, `report-uncensored.html`, which has the unsafe originals behind clicks.
+    `tradeoff` is the figure of a bench: an SVG, a results folder, or the folder of a bench. It is copied to
+    `tradeoff.svg` in the run folder, and is part of the page as long as it lies there.
 
     Raises:
         UserError: a record is missing or broken, or the figure is no plain SVG; nothing is written then.
@@ -34,19 +35,23 @@ def write_report(run: Path, *, uncensored: bool = False, tradeoff: Path | None =
     report = build_report(records)
     readme = card.render(records)
     figure = run / page.TRADEOFF if tradeoff is None else _figure_of(tradeoff)
-    html = page.render(records, uncensored=uncensored, tradeoff=figure)
+    html = page.render(records, uncensored=False, tradeoff=figure)
     if tradeoff is not None:
         write_bytes(run / page.TRADEOFF, figure.read_bytes())
     write_bytes(run / "report.json", json_text(report).encode())
     write_bytes(run / "README.md", readme.encode())
     write_bytes(run / "report.html", html.encode())
-    return run / "report.html"
+    if not uncensored:
+        return run / "report.html"
+    write_bytes(run / UNCENSORED, page.render(records, uncensored=True, tradeoff=figure).encode())
+    return run / UNCENSORED
 
 
 def _figure_of(path: Path) -> Path:
     """The SVG that `path` is, or that lies in the folder `path`."""
-    file = path / FIGURE if path.is_dir() else path
-    if not file.is_file():
+    places = (path / FIGURE, path / "results" / FIGURE) if path.is_dir() else (path,)
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
         where = f"{path} has no {FIGURE}" if path.is_dir() else f"{path} is no file"
         raise UserError(f"{where}; name the SVG of a bench's trade-off, or a folder that holds {FIGURE}")
     return file

@@ -23,6 +23,7 @@ from duo.report.wording import (
     percent,
     percent_range,
     strongest,
+    was_attacked,
 )
 
 UNRELATED = "unrelated"
@@ -69,6 +70,11 @@ def outcome(scores: Scores) -> Outcome:
     if not headline_fell(scores):
         return Outcome(tone="bad", word="Not shown to be gone", title=f"This run does not show that {concept} is gone")
     returns = strongest(scores)
+    if not was_attacked(scores):
+        gone = "nearly gone" if returns else "gone"
+        but = f"; {_did(returns[0])}" if returns else ""
+        title = f"{name} is {gone} from prompts that ask for it{but}. No attack was tried"
+        return Outcome(tone="fair", word="Not attacked", title=title)
     rarely = [one for one in returns if kind_of(one) not in BY_WEIGHTS]
     by_weights = [one for one in returns if kind_of(one) in BY_WEIGHTS]
     if rarely:
@@ -116,7 +122,7 @@ def _back(scores: Scores) -> Answer:
         n = len(scores.attacks)
         detail.append("the one attack row draws it no more" if n == 1 else f"none of the {n} attack rows draws it")
     elif len(returns) > len(detail):
-        detail.append(f"and {len(returns) - len(detail)} more, less often")
+        detail.append(f"and {len(returns) - len(detail)} more")
     held = any(kind_of(one) in BY_WEIGHTS for one in scores.attacks)
     most = (
         f"{percent(by_weights[0].erased.top.rate)} with the weights" if by_weights else "nothing found with the weights"
@@ -158,23 +164,22 @@ def _cost(scores: Scores) -> Answer:
 
 def _sure(scores: Scores) -> Answer:
     sound = [one for one in scores.attacks if one.reliable]
-    detail = ["attack rows with a sound positive control"]
+    rows = f"{len(sound)} of {len(scores.attacks)}"
+    detail = [f"{rows} attack rows have a sound positive control"]
+    missing = not_tried(scores)
+    if missing:
+        detail.append(f"{len(missing)} known attacks were not tried")
+    value = rows
     clear = [one.erased.top for one in sound if not one.erased.top.detected]
     if clear:
         fewest, most = min(one.n for one in clear), max(one.n for one in clear)
         images = f"{fewest}" if fewest == most else f"{fewest} to {most}"
         bound = max(one.high for one in clear)
-        detail.append(f"where nothing was seen in {images} images, up to {percent(bound)} could hide")
+        value = f"up to {percent(bound)}"
+        detail.insert(0, f"could hide where nothing was seen in {images} images")
     if scores.world_digest is not None and scores.concept == JUDGED_BY_EYE:
         detail.append(f"the judge agrees with the eye in {AGREES_ON_ERASED} on erased models")
-    missing = not_tried(scores)
-    if missing:
-        detail.append(f"{len(missing)} known attacks were not tried")
-    return Answer(
-        question="How sure are you?",
-        value=f"{len(sound)} of {len(scores.attacks)}",
-        detail=tuple(detail),
-    )
+    return Answer(question="How sure are you?", value=value, detail=tuple(detail))
 
 
 def _counted(attack: Attack) -> str:

@@ -18,15 +18,17 @@ from typing import Any, Literal
 from duo import plugins
 from duo.errors import UserError, did_you_mean
 from duo.fields import build, read_toml
+from duo.red_team import budget_rows
 from duo.report.escape import printable
 from duo.report.evidence import Evidence
 from duo.report.records import Attack, Mean, Scores
-from duo.report.wording import ALL_ATTRIBUTES
+from duo.report.wording import ALL_ATTRIBUTES, not_tried
 from duo.scores import FEW
 from duo.statistics import images_for_bound, newcombe_difference
 
 ALL = ("all", "*")
 SLACK = 1e-9  # for rounding
+FINEST = 1e-6  # nearer to 0 or 1 than that no number of images is enough
 SCHEMA = 1  # of `as_json`
 
 Status = Literal["pass", "fail", "unreliable", "not defined", "not run", "not measured", "waived"]
@@ -73,7 +75,7 @@ class Gate:
     def _check(self, name: str, limit: float, *, out_of_reach: float | None) -> None:
         if not 0 <= limit <= 1:
             raise ValueError(f"{name} is {limit:g}, expected a share from 0 to 1, such as 0.05 for 5%")
-        if limit == out_of_reach and not self.point:
+        if out_of_reach is not None and abs(limit - out_of_reach) < FINEST and not self.point:
             raise ValueError(
                 f"{name} is {limit:g}, which no number of images can show: an interval always leaves some room; give "
                 "another limit, or compare points (--point)"
@@ -171,7 +173,8 @@ def _waived(evidence: Evidence, gate: Gate, row: str) -> bool:
 
 def _refuse_unknown(evidence: Evidence, gate: Gate) -> None:
     rows = _wanted(evidence)
-    attacks = {*rows, *(_leaf(evidence, row) or row for row in rows), *plugins.names("attacks")}
+    # A gate may name what another run has: the rows of the budgets in the package are known to all.
+    attacks = {*rows, *(_leaf(evidence, row) or row for row in rows), *plugins.names("attacks"), *budget_rows()}
     near = evidence.scores.near_miss_names
     wanted: list[tuple[str, Iterable[str], set[str]]] = [
         ("max_rate", gate.max_rate, attacks | {*ALL}),
@@ -405,6 +408,9 @@ def lines(evidence: Evidence, gate: Gate, outcomes: Sequence[Outcome]) -> list[s
     rest = unbounded(evidence, gate)
     if rest:
         last += f"; no bound on the rate of: {', '.join(map(printable, rest))}"
+    missing = not_tried(evidence.scores)
+    if missing:
+        last += f"; not tried: {', '.join(missing)}"
     return [*told, last]
 
 

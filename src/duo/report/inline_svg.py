@@ -16,6 +16,7 @@ from duo.errors import UserError
 from duo.report.plain_text import visible
 
 LARGEST = 8_000_000  # characters of an SVG
+DEEPEST = 50  # elements within each other
 
 _SPACE = "{http://www.w3.org/2000/svg}"
 _SHAPES = ("path", "rect", "circle", "ellipse", "line", "polyline", "polygon", "use", "clipPath")
@@ -50,9 +51,18 @@ def inlined(svg: str, *, name: str, where: str) -> str:
         raise UserError(f"{where}: no SVG ({error}); draw it again") from None
     if root.tag != f"{_SPACE}svg":
         raise UserError(f"{where}: its root is {root.tag!r}, not an SVG's; draw it again")
+    _refuse_bombs(root, where=where)
     root.attrib.pop("width", None)  # the page has the size; the shape is the view box's
     root.attrib.pop("height", None)
     return "".join(_written(root, name=name, where=where))
+
+
+def _refuse_bombs(root: ElementTree.Element, *, where: str) -> None:
+    """Raise `UserError` where a copied shape copies others: ten levels of ten are ten thousand million shapes."""
+    use = f"{_SPACE}use"
+    copied = {value.removeprefix("#") for one in root.iter(use) for key, value in one.items() if key.endswith("href")}
+    if any(one.get("id") in copied and next(one.iter(use), None) is not None for one in root.iter()):
+        raise UserError(f"{where}: an SVG in which <use> copies other <use> is not embedded; save it without")
 
 
 def read_svg(path: Path, *, name: str) -> str:
@@ -63,7 +73,9 @@ def read_svg(path: Path, *, name: str) -> str:
         raise UserError(f"{path}: cannot be read as an SVG ({error}); draw it again") from None
 
 
-def _written(element: ElementTree.Element, *, name: str, where: str) -> Iterator[str]:
+def _written(element: ElementTree.Element, *, name: str, where: str, depth: int = 0) -> Iterator[str]:
+    if depth > DEEPEST:
+        raise UserError(f"{where}: an SVG nested more than {DEEPEST} deep is not embedded; save it without groups")
     tag = str(element.tag).removeprefix(_SPACE)
     if tag in _LEFT_OUT:
         return
@@ -75,7 +87,7 @@ def _written(element: ElementTree.Element, *, name: str, where: str) -> Iterator
     yield f"<{tag}{told}>"
     yield html.escape(visible(element.text or ""), quote=False)
     for child in element:
-        yield from _written(child, name=name, where=where)
+        yield from _written(child, name=name, where=where, depth=depth + 1)
         yield html.escape(visible(child.tail or ""), quote=False)
     yield f"</{tag}>"
 

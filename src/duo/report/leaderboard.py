@@ -66,8 +66,8 @@ class Place:
             f"{'–' if self.rank is None else self.rank}{f' {OVERLAP}' if self.overlaps else ''}",
             name,
             self.result.erasure[:8],
-            *_rate(self.worst),
-            *_rate(self.by_weights),
+            *_rate(self.worst, tried=any(not one.by_weights for one in self.result.rates)),
+            *_rate(self.by_weights, tried=any(one.by_weights for one in self.result.rates)),
             _mean(self.result.preservation),
             percent(max(spoiled)) if spoiled else "not told",
             _share((self.result.obeyed or {}).get(ALL_ATTRIBUTES)),
@@ -198,9 +198,9 @@ def _label(rate: Rate) -> str:
     return attack_words(rate.row).label
 
 
-def _rate(rate: Rate | None) -> tuple[str, str]:
+def _rate(rate: Rate | None, *, tried: bool) -> tuple[str, str]:
     if rate is None:
-        return "none reliable", ""
+        return "none reliable" if tried else "not tried", ""
     setting = f" at {rate.setting}" if rate.setting else ""
     return f"{percent(rate.rate)} ({percent_range(rate.low, rate.high)})", f"{_label(rate)}{setting}"
 

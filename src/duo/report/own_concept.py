@@ -14,6 +14,8 @@ from duo.report.json_fields import read_object
 from duo.report.toml_text import toml_text
 from duo.rundir import digest
 
+PATHS = ("concept", "model", "model_config", "reference", "erased")  # of a recipe
+
 
 @dataclass(frozen=True, kw_only=True)
 class OwnConcept:
@@ -42,7 +44,12 @@ class OwnConcept:
 
 
 def portable(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe as it is to be saved beside its concept's file, which it then calls by the file's name alone."""
-    concept = recipe.get("concept")
-    named = {"concept": Path(concept).name} if isinstance(concept, str) and concept.endswith(".toml") else {}
+    """The recipe as it is to be saved beside the files that it names, which it then calls by their names alone: a page
+    that is passed on must not tell this machine's folders."""
+    paths = {name: recipe.get(name) for name in PATHS}
+    named = {
+        name: Path(value).name
+        for name, value in paths.items()
+        if isinstance(value, str) and (Path(value).is_absolute() or (name == "concept" and value.endswith(".toml")))
+    }
     return {**recipe, **named}

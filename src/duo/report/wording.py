@@ -108,6 +108,11 @@ def kind_of(attack: Attack) -> str | None:
     return attack_kind(attack.name) or attack_kind(attack.erased.attack or "")
 
 
+def was_attacked(scores: Scores) -> bool:
+    """Whether any row is more than prompts as anybody writes them."""
+    return any(kind_of(attack) not in ASKED_FOR for attack in scores.attacks)
+
+
 def not_tried(scores: Scores) -> list[str]:
     """The labels of attacks that this run has no row for."""
     tried = (
@@ -367,6 +372,7 @@ def _unreliable(scores: Scores) -> Finding | None:
     return Finding(heading="What cannot be said", text=text)
 
 
+ASKED_FOR = ("prompts", "prompts_held_out_words", "prompts_held_out_subjects")  # no search, and no access
 BY_WEIGHTS = ("relearn", "unload", "unload_merged", "inversion_probe")
 BRINGS_ANYTHING_BACK = ("img2img", "inpaint", "inversion_probe", "relearn")  # even what a model never saw
 

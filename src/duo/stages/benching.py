@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from duo import rundir
-from duo.bench import NEVER, ORIGINAL, PRESERVED, SCHEMA, Grid, Point, chosen
+from duo.bench import KEPT, NEVER, ORIGINAL, PRESERVED, SCHEMA, Grid, Point, chosen
 from duo.concept import load_concept
 from duo.errors import UserError
 from duo.fields import as_said
@@ -38,12 +38,6 @@ DIGITS = 6  # that a measured value is kept with
 # What an undefended model's images depend on, of a recipe; the rest is the erasure's.
 DRAWN = ("concept", "model", "model_config", "seed", "validation", "attack_images", "block", "sampling", "precision")
 ERASED = ("erase_seed", "method", "pairs")
-KEPT = (
-    "unrelated",
-    "near_miss",
-    "preservation",
-    "adherence",
-)  # of the scores' settings: what a preserved cell depends on
 
 
 Engine = Callable[[Sequence[Any], Callable[[Any], None], Callable[[Any], None]], None]
@@ -154,6 +148,7 @@ def run(grid: Grid, *, out: Path, results: Path, device: str, engine: Engine, on
     usable_device(device)
     with rundir.RunDir(out).locked():
         todo = to_do(grid, out=out, results=results, points=points)
+        _same_bench(grid, results)
         rundir.write_json(results / "bench.json", grid.record())
         every = sum(len(unit.cells) for unit in units(grid).values())
 
@@ -166,8 +161,16 @@ def run(grid: Grid, *, out: Path, results: Path, device: str, engine: Engine, on
     return write_tradeoff(results, results)
 
 
+def _same_bench(grid: Grid, results: Path) -> None:
+    """Raise `UserError` where the results are another bench's: its `bench.json` is not to be written over."""
+    path = results / "bench.json"
+    if path.exists() and rundir.read_json(path).get("name") != grid.bench.name:
+        raise UserError(f"{path} is of another bench than {grid.bench.name!r}; name another folder for the results")
+
+
 def outlook(grid: Grid, *, out: Path, results: Path, only: Sequence[str] = ()) -> list[str]:
     """What is finished and what is left, in lines to print."""
+    _same_bench(grid, results)
     todo = to_do(grid, out=out, results=results, points=chosen(grid.points, only))
     every = sum(len(unit.cells) for unit in units(grid).values())
     lines = [f"{unit.name}{'' if unit.cells else ' (shared)'}" for unit in todo]

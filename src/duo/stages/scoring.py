@@ -284,7 +284,14 @@ def _sections(
             for name, source in asked.items()
         },
         "near_misses": [
-            scores.near_miss(name, model, labels=labels[name, model], survived=survival[name, model])
+            scores.near_miss(
+                name,
+                model,
+                labels=labels[name, model],
+                survived=survival[name, model],
+                prompts=of[name, model].prompts,
+                seed=recipe.seed,
+            )
             for name in session.near_misses
             for model in MODELS
         ],

@@ -37,6 +37,7 @@ def tables(analysis: Mapping[str, Any]) -> str:
         cells=analysis["cells"],
         erasures=", ".join(f"{plain(method_words(name))} {count}" for name, count in seeds.items()),
         few=FEW_ERASURES if least <= FEW_ERASURES else None,
+        single=[plain(method_words(name)) for name, count in seeds.items() if count == 1],
         controls=[_control(row) for row in analysis["rows"]],
         reference=plain(method_words(reference)) if reference else None,
         rivals=len(seeds) - 1,
@@ -175,6 +176,8 @@ def _at_floor(panel: str, analysis: Mapping[str, Any]) -> list[str]:
     reference, floor = analysis["reference"], f"{matched['floor']:.2f}"
     ours = next((one for one in matched["methods"] if one["method"] == reference and "rows" in one), None)
     name = plain(method_words(reference))
+    if all(one["method"] != reference for one in matched["methods"]):
+        return []
     if ours is None:
         return [
             f"At a preservation of at least {floor} {name} cannot be compared: not all of its choices keep that much."
