@@ -292,7 +292,8 @@ def test_rows_are_counted(tiny_sd, concept: SmallFire, tmp_path: Path, monkeypat
 
 def test_a_plan_counts_the_images_that_a_method_draws() -> None:
     recipe = replace(load_recipe("toybox-fire-ca"), attacks=())  # 10 steps an image
-    nothing = {"attacks": {}, "near_misses": {}, "prompts": lambda name: ()}
+    nothing = {"attacks": {}, "near_misses": {}, "quality": {}, "twins": 0}
+    nothing["prompts"] = lambda name: ()
     session: Any = SimpleNamespace(method=QUICK, recipe=recipe, concept=None, **nothing)
     measured = Measured(row=1.0, image=0.0, step=1.0, memory=0, on="cpu", first=2.0, each=2.0)
     drawn, trained = list(_work(session, measured))[:2]

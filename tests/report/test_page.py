@@ -360,5 +360,6 @@ def test_in_print_details_are_open_but_for_uncensored_originals(run: Path, brows
     count = f"(which) => [...document.querySelectorAll(which)].filter({visible}).length"
     assert page.evaluate(count, ".prompts ol") == 0 and page.evaluate(count, ".originals img") == 0
     page.emulate_media(media="print")
-    assert page.evaluate(count, ".prompts ol") > 0 and page.evaluate(count, ".originals img") == 0
+    page.wait_for_function(f"({count})('.prompts ol') > 0")  # a busy browser takes a while to lay it out anew
+    assert page.evaluate(count, ".originals img") == 0
     page.close()
