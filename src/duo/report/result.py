@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from duo.errors import UserError
@@ -98,9 +98,23 @@ def build_result(evidence: Evidence) -> dict[str, Any]:
 
 
 def _budget(evidence: Evidence) -> str:
-    """What must be the same for rates to be compared: the attacks with all their settings, and how images are made."""
+    """What must be the same for rates to be compared: the attacks with all their settings, and how images are made.
+
+    Files count by their names: where they lie, and which device a metric is on, is each laboratory's own.
+    """
     names = ("attacks", "attack_images", "sampling", "score", "prompt_sets")
-    return digest([{name: evidence.config.get(name) for name in names}, evidence.split])
+    config = {name: evidence.config.get(name) for name in names}
+    score, sets = config["score"], config["prompt_sets"]
+    if isinstance(score, Mapping):
+        config["score"] = {key: _named(value) for key, value in score.items() if key != "metrics"}
+    if isinstance(sets, Mapping):
+        config["prompt_sets"] = {name: {k: _named(v) for k, v in one.items()} for name, one in sets.items()}
+    return digest([config, evidence.split])
+
+
+def _named(value: object) -> object:
+    """A path by its last part; anything else as it is."""
+    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
 
 
 def _rate(attack: Attack, evidence: Evidence) -> dict[str, Any]:
