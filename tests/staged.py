@@ -40,14 +40,7 @@ judge = {name = "by_prompt", present = 1.0}
 plain = ["a house on fire"]
 unrelated = ["a blue boat"]
 """
-RECIPE = """
-concept = "fire.toml"
-model = "tiny"
-attack_images = 3
-block = 2
-sampling = {num_inference_steps = 2, guidance_scale = 1.0}
-pairs = {n = 3, block = 2, max_tries = 12, max_edits = 2}
-method = {name = "nudge"}
+ROWS = """
 [[attacks]]
 row = "prompts"
 name = "prompts"
@@ -63,7 +56,16 @@ row = "inversion"
 name = "learned_word"
 prompts = "neutral"
 images = 2
-[score]
+"""
+RECIPE = f"""
+concept = "fire.toml"
+model = "tiny"
+attack_images = 3
+block = 2
+sampling = {{num_inference_steps = 2, guidance_scale = 1.0}}
+pairs = {{n = 3, block = 2, max_tries = 12, max_edits = 2}}
+method = {{name = "nudge"}}
+{ROWS}[score]
 unrelated = 3
 near_miss = 2
 preservation = "closeness"

@@ -32,27 +32,12 @@ recipe = "recipe.toml"
 set = ["method.size=1.0"]
 seeds = [3]
 """
-ROWS = """
+ROWS = f"""
 attack_images = 3
 [score]
 unrelated = 3
 near_miss = 2
-[[attacks]]
-row = "prompts"
-name = "prompts"
-prompts = "plain"
-images = 5
-[[attacks]]
-row = "bell"
-name = "text_search"
-prompts = "neutral"
-images = 4
-[[attacks]]
-row = "inversion"
-name = "learned_word"
-prompts = "neutral"
-images = 2
-"""
+{staged.ROWS}"""
 POINTS = ["nudge/0.5/seed-3", "nudge/4/seed-3", "once/as-it-is/seed-3", "nudge/0.5/seed-4", "nudge/4/seed-4"]
 
 

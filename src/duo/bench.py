@@ -179,20 +179,32 @@ def lay_out(bench: Bench) -> Grid:
         )
     if shared.score.preservation == NOT_MEASURED:
         raise UserError(f"bench {bench.name}: score.preservation is {NOT_MEASURED!r}; name a metric to compare by")
-    points = [point for seed in _seeds(bench) for name in bench.methods for point in _points(bench, name, seed)]
-    for point in points:
-        _same(bench, shared, point)
+    settings = {name: list(_settings(bench, name, shared)) for name in bench.methods}
+    points = [
+        Point(
+            method=name,
+            label="as-it-is" if value is None else _label(value),
+            seed=seed,
+            recipe=replace(recipe, erase_seed=seed),
+            field=one.strength,
+            value=value,
+        )
+        for seed in _seeds(bench)
+        for name, one in bench.methods.items()
+        if seed in _of(bench, one)
+        for value, recipe in settings[name]
+    ]
     return Grid(bench=bench, shared=shared, points=tuple(points))
 
 
-def _points(bench: Bench, name: str, seed: int) -> Iterator[Point]:
+def _settings(bench: Bench, name: str, shared: Recipe) -> Iterator[tuple[Any, Recipe]]:
+    """A contender's strengths, (None,) of one that has none, each with its recipe; seeds change nothing else of it."""
     one = bench.methods[name]
-    for value in (one.values or (None,)) if seed in _of(bench, one) else ():
+    for value in one.values or (None,):
         swept = [] if one.strength is None else [f"{one.strength}={json.dumps(value)}"]
-        recipe = load_recipe(bench.path(one.recipe), overrides=[*one.set, *swept])
-        recipe = _with_rows(bench, replace(recipe, erase_seed=seed))
-        label = "as-it-is" if value is None else _label(value)
-        yield Point(method=name, label=label, seed=seed, recipe=recipe, field=one.strength, value=value)
+        recipe = _with_rows(bench, load_recipe(bench.path(one.recipe), overrides=[*one.set, *swept]))
+        _same(bench, shared, name, recipe)
+        yield value, recipe
 
 
 def _seeds(bench: Bench) -> list[int]:
@@ -224,15 +236,15 @@ def _with_rows(bench: Bench, recipe: Recipe) -> Recipe:
     return replace(whole, attacks=tuple(replace(row, baselines=()) for row in whole.attacks if not row.baseline))
 
 
-def _same(bench: Bench, shared: Recipe, point: Point) -> None:
+def _same(bench: Bench, shared: Recipe, method: str, recipe: Recipe) -> None:
     """What the original model draws is shared, so nothing that it depends on may differ."""
-    ours, theirs = as_table(shared), as_table(point.recipe)
+    ours, theirs = as_table(shared), as_table(recipe)
     for table in (ours, theirs):  # what a preserved cell depends on
         table["score"] = {name: table["score"][name] for name in KEPT}
     for name in (*SHARED, "attacks", "prompt_sets", "reference", "score"):
         if ours[name] != theirs[name]:
             raise UserError(
-                f"bench {bench.name}: methods.{point.method} has another {name} than the bench's recipe "
+                f"bench {bench.name}: methods.{method} has another {name} than the bench's recipe "
                 f"{bench.recipe!r}; all must share it"
             )
 
@@ -240,11 +252,11 @@ def _same(bench: Bench, shared: Recipe, point: Point) -> None:
 def chosen(points: Sequence[Point], only: Sequence[str]) -> list[Point]:
     """The points whose names begin with one of `only` ("duo", "duo/12", "duo/12/seed-0"); all where it is empty."""
     for name in only:
-        if not any(point.name == name or point.name.startswith(f"{name}/") for point in points):
+        if not any(_within(point, name) for point in points):
             methods = dict.fromkeys(point.method for point in points)
             raise UserError(f"--only: no erasure is called {name!r}{did_you_mean(name, methods)}")
-    return [
-        point
-        for point in points
-        if not only or any(point.name == name or point.name.startswith(f"{name}/") for name in only)
-    ]
+    return [point for point in points if not only or any(_within(point, name) for name in only)]
+
+
+def _within(point: Point, name: str) -> bool:
+    return f"{point.name}/".startswith(f"{name}/")

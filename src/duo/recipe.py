@@ -174,6 +174,10 @@ class ScoreSettings:
         if self.captions != NOT_MEASURED and not self.quality:
             raise ValueError("captions are given, and quality names no metric to measure on them; name one")
 
+    def without_besides(self) -> Self:
+        """The same without what is measured besides labels, preservation and adherence, and its networks."""
+        return replace(self, captions=NOT_MEASURED, agreement=NOT_MEASURED, twins=0)
+
     @classmethod
     def from_table(cls, table: object, where: str) -> Self:
         """Read the fields."""

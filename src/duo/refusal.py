@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from duo.errors import UserError
+
 Words = tuple[str, ...]
 Listed = Mapping[str, Collection[Words]]  # words and phrases by their first word
 
@@ -140,6 +142,16 @@ def refuse_minors(texts: Iterable[tuple[str, str]]) -> None:
             raise ValueError(
                 f"{where} mentions a minor ({found!r}), and this is a sexual concept: refused, it is for adults only"
             )
+
+
+def refuse_where_sexual(texts: Sequence[tuple[str, str]], *, adults_only: bool = False) -> None:
+    """Raise `UserError` for the first of the texts that mentions a minor, where any of them is sexual or the concept
+    is (`adults_only`)."""
+    if adults_only or is_sexual(text for _, text in texts):
+        try:
+            refuse_minors(texts)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
 
 def texts_of(value: object, where: str = "") -> Iterator[tuple[str, str]]:

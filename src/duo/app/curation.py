@@ -19,7 +19,7 @@ from duo.app.places import Place
 from duo.errors import UserError
 from duo.pairs import DECISIONS, SIDES, PairFiles, name_of
 from duo.plugins import Judge, Verdict
-from duo.refusal import is_sexual, refuse_minors
+from duo.refusal import refuse_where_sexual
 
 UNDECIDED = "undecided"
 STATES = ("all", UNDECIDED, *DECISIONS)
@@ -99,12 +99,7 @@ class Curation:
         found = PairFiles.find(self.folder, rejected=True)
         if found.problems:
             raise UserError(found.problems[0])
-        texts = found.texts()
-        if is_sexual(text for _, text in texts):
-            try:
-                refuse_minors(texts)
-            except ValueError as error:
-                raise UserError(str(error)) from None
+        refuse_where_sexual(found.texts())
         rows = _rows(found)
         return [
             Pair(

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field, replace
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from duo.app.comparison import Asked, Comparison
 from duo.app.curation import Curation, Filters, Verdicts, counted, score_names, shown_part
 from duo.app.pictures import Picture
@@ -18,6 +16,7 @@ from duo.app.reporting import Summary, framed
 from duo.errors import UserError
 from duo.pairs import SIDES
 from duo.recipe import recipe_of_run
+from duo.report import templates
 from duo.report.wording import concept_word
 
 if TYPE_CHECKING:
@@ -59,13 +58,7 @@ class Views:
     _opening: RLock = field(default_factory=RLock)
 
     def __post_init__(self) -> None:
-        environment = Environment(
-            loader=PackageLoader("duo.app", ""),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
+        environment = templates.environment("duo.app", autoescape=True)
         environment.globals["words"] = WORDS
         self._parts: Any = environment.get_template("parts.html").module
 

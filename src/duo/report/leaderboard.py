@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from duo.errors import UserError
+from duo.report import templates
 from duo.report.escape import printable
 from duo.report.markdown import plain
 from duo.report.records import Mean
@@ -253,13 +252,7 @@ def markdown(groups: Sequence[Group], *, weights: bool = False) -> str:
 
 def html(groups: Sequence[Group], *, weights: bool = False) -> str:
     """One page without scripts that needs nothing from elsewhere."""
-    environment = Environment(
-        loader=PackageLoader("duo.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates.environment(autoescape=True)
     environment.filters["printable"] = printable
     template = environment.get_template("leaderboard.html")
     return template.render(groups=groups, head=HEAD, numbers=NUMBERS, how_to_read=_how_to_read(weights=weights))

@@ -5,21 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from duo.report import templates
 from duo.report.plain_text import visible
 from duo.report.wording import attack_words, percent, percent_range
 
 
 def fill(template: str, **values: Any) -> str:
     """The package's Markdown template of that name with its values; one that is missing raises."""
-    environment = Environment(
-        loader=PackageLoader("duo.report", ""),
-        autoescape=False,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates.environment(autoescape=False)
     environment.filters.update(percent=percent, plain=plain, code=code, fenced=fenced)
     environment.globals.update(percent_range=percent_range, attack_words=attack_words)
     return environment.get_template(template).render(**values)

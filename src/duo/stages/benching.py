@@ -25,7 +25,7 @@ from duo.errors import UserError
 from duo.fields import as_said
 from duo.models import load_family, usable_device
 from duo.plugins import Family
-from duo.recipe import NOT_MEASURED, AttackRow, Recipe, ScoreSettings
+from duo.recipe import AttackRow, Recipe, ScoreSettings
 from duo.report.tradeoff import write_tradeoff
 from duo.stages.attacking import attack, attack_concept
 from duo.stages.erasing import erase
@@ -98,13 +98,12 @@ def units(grid: Grid) -> dict[str, Unit]:
     return made
 
 
-def to_do(grid: Grid, *, out: Path, results: Path, points: Sequence[Point]) -> list[Unit]:
-    """The units that are left to do for the cells of these points, in an order in which they can be done.
+def to_do(every: Mapping[str, Unit], *, out: Path, results: Path, points: Sequence[Point]) -> list[Unit]:
+    """Those of all units that are left to do for the cells of these points, in an order in which they can be done.
 
     What is shared counts as done where its folder is still there. Raises `UserError` where a finished cell is of other
     settings.
     """
-    every = units(grid)
     of = {point.name for point in points}
     wanted: set[str] = set()
 
@@ -119,11 +118,6 @@ def to_do(grid: Grid, *, out: Path, results: Path, points: Sequence[Point]) -> l
         if unit.cells and (unit.point is None or unit.point.name in of) and not _finished(unit, results):
             want(name)
     return [unit for name, unit in every.items() if name in wanted]
-
-
-def counted(grid: Grid, results: Path) -> int:
-    """How many of the grid's cells are finished."""
-    return sum((results / cell).exists() for unit in units(grid).values() for cell in unit.cells)
 
 
 def _finished(unit: Unit, results: Path) -> bool:
@@ -147,15 +141,16 @@ def run(grid: Grid, *, out: Path, results: Path, device: str, engine: Engine, on
     points = chosen(grid.points, only)
     usable_device(device)
     with rundir.RunDir(out).locked():
-        todo = to_do(grid, out=out, results=results, points=points)
+        every = units(grid)
+        todo = to_do(every, out=out, results=results, points=points)
         _same_bench(grid, results)
         rundir.write_json(results / "bench.json", grid.record())
-        every = sum(len(unit.cells) for unit in units(grid).values())
+        cells = [results / cell for unit in every.values() for cell in unit.cells]
 
         def told(unit: Unit) -> None:
-            made = counted(grid, results)
+            made = sum(cell.exists() for cell in cells)
             shown = "; ".join(_shown(results / cell) for cell in unit.cells)
-            rundir.note(f"{made} of {every} cells; {unit.name}{': ' if shown else ''}{shown}")
+            rundir.note(f"{made} of {len(cells)} cells; {unit.name}{': ' if shown else ''}{shown}")
 
         engine(todo, partial(work, out=out, results=results, device=device), told)
     return write_tradeoff(results, results)
@@ -171,10 +166,12 @@ def _same_bench(grid: Grid, results: Path) -> None:
 def outlook(grid: Grid, *, out: Path, results: Path, only: Sequence[str] = ()) -> list[str]:
     """What is finished and what is left, in lines to print."""
     _same_bench(grid, results)
-    todo = to_do(grid, out=out, results=results, points=chosen(grid.points, only))
-    every = sum(len(unit.cells) for unit in units(grid).values())
+    every = units(grid)
+    todo = to_do(every, out=out, results=results, points=chosen(grid.points, only))
+    cells = [results / cell for unit in every.values() for cell in unit.cells]
+    made = sum(cell.exists() for cell in cells)
     lines = [f"{unit.name}{'' if unit.cells else ' (shared)'}" for unit in todo]
-    return [*lines, f"{counted(grid, results)} of {every} cells are finished; {len(todo)} pieces of work are left"]
+    return [*lines, f"{made} of {len(cells)} cells are finished; {len(todo)} pieces of work are left"]
 
 
 def _shown(cell: Path) -> str:
@@ -367,8 +364,7 @@ def _of_row(recipe: Recipe, row: AttackRow) -> Recipe:
 def _of_rows(recipe: Recipe, rows: tuple[AttackRow, ...]) -> Recipe:
     unsafe = rows[-1].row if rows else recipe.score.unsafe_row
     # What is measured besides judges and preservation has no cell.
-    score = replace(recipe.score, unsafe_row=unsafe, captions=NOT_MEASURED, agreement=NOT_MEASURED, twins=0)
-    return replace(recipe, attacks=rows, score=score)
+    return replace(recipe, attacks=rows, score=replace(recipe.score.without_besides(), unsafe_row=unsafe))
 
 
 def _found_by(recipe: Recipe, row: AttackRow) -> tuple[AttackRow, ...]:

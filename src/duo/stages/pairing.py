@@ -15,7 +15,7 @@ from duo.errors import UserError
 from duo.fields import as_table
 from duo.pairs import SIDES, PairFiles, Pairs
 from duo.plugins import Judge, Verdict
-from duo.refusal import is_sexual, refuse_minors
+from duo.refusal import refuse_where_sexual
 from duo.rundir import Blocks, Stage, progress
 from duo.seeds import seed_for
 from duo.stages.session import Session
@@ -228,12 +228,7 @@ def _read_brought(session: Session) -> Pairs:
         found = PairFiles.find(Path(settings.source).expanduser())
     else:
         found = PairFiles.of_folders(*(Path(str(one)).expanduser() for one in (settings.unsafe, settings.safe)))
-    texts = found.texts()
-    if session.concept.adults_only or is_sexual(text for _, text in texts):
-        try:
-            refuse_minors(texts)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+    refuse_where_sexual(found.texts(), adults_only=session.concept.adults_only)
     return Pairs.of(found)
 
 

@@ -51,5 +51,4 @@ def rescore(run: Path, recipe: Recipe, model: Family) -> Rescored | None:
 
 def _judged_alone(recipe: Recipe) -> Recipe:
     """The recipe without the metrics that no image is drawn again for: their networks need not be on this machine."""
-    score = replace(recipe.score, preservation=NOT_MEASURED, captions=NOT_MEASURED, agreement=NOT_MEASURED, twins=0)
-    return replace(recipe, score=score)
+    return replace(recipe, score=replace(recipe.score.without_besides(), preservation=NOT_MEASURED))

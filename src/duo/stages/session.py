@@ -26,7 +26,7 @@ from duo.plugins import Family, Judge, Metric, Precision
 from duo.precision import prepare_denoiser
 from duo.promptsets import PromptFile, PromptRow, PromptSource, read_prompts
 from duo.recipe import FEWEST_CAPTIONS, NOT_MEASURED, Recipe, is_caption_file
-from duo.refusal import is_sexual, refuse_minors, refused, texts_of, words_of
+from duo.refusal import refuse_where_sexual, refused, texts_of, words_of
 from duo.rundir import RunDir, Stage, StageRun
 from duo.seeds import seed_for
 
@@ -452,11 +452,7 @@ class Session:
         named += [] if self.recipe.method is None else [("method", as_table(self.recipe.method))]
         named += [("pairs.prompts", as_table(self.recipe.pairs.prompts))]
         texts = [text for where, table in named for text in texts_of(table, where)]
-        if self.concept.adults_only or is_sexual(text for _, text in texts):
-            try:
-                refuse_minors(texts)
-            except ValueError as error:
-                raise UserError(str(error)) from None
+        refuse_where_sexual(texts, adults_only=self.concept.adults_only)
 
     def _check_names(self) -> None:
         """Attack rows, near misses and `unrelated` share the names of folders and of sets in `verdicts.jsonl`."""

@@ -11,12 +11,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from duo.bench import NEVER, ORIGINAL, PRESERVED, SCHEMA
 from duo.errors import UserError
 from duo.report.json_fields import Fields, read_object
 
-SCHEMA = 1
-ORIGINAL, NEVER = "original", "never"
-PRESERVED = "preserved"
 PRESENT, ABSENT, CORRUPTED = LETTERS = "pac"
 
 
