@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from duo.models import title
-from duo.report import figures
+from duo.report import figures, templates
 from duo.report.answers import UNRELATED, answers, outcome, strongest_first
 from duo.report.gallery import SHOWN_PER_SET, Gallery, Picture, Returns, read_gallery
 from duo.report.images import SMALL, data_uri, pixelated, read_image
@@ -65,7 +64,7 @@ THEMED = {
     figures.SERIES[1]: "var(--second)",
     figures.SERIES[2]: "var(--third)",
     figures.SERIES[3]: "var(--fourth)",
-    **dict(zip(MORE, ("var(--fifth)", "var(--sixth)", "var(--seventh)"), strict=True)),
+    **dict(zip(MORE, ("var(--fifth)", "var(--sixth)", "var(--seventh)", "var(--eighth)"), strict=True)),
     PAPER: "var(--paper)",
 }
 
@@ -151,14 +150,7 @@ class Cases:
 def render(records: RunRecords, *, uncensored: bool, tradeoff: Path) -> str:
     """The HTML text of a run's report, with the figure `tradeoff` where there is such a file."""
     scores = records.scores
-    environment = Environment(
-        loader=PackageLoader("duo.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_finalized,
-    )
+    environment = templates.environment(autoescape=True, finalize=_finalized)
     environment.filters.update(
         percent=percent, duration=duration, shown=shown, name=name_shown, number=number, signed=signed
     )

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from duo.report.figures import GRID, INK, MUTED, SERIES, _canvas, _svg
 from duo.report.tradeoff.words import method_words, panel_title
 from duo.report.wording import percent
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PAPER = "#ffffff"
-MORE = ("#8f6a00", "#c2417c", "#7d5a44")  # for more methods than other figures have series
+MORE = ("#8f6a00", "#c2417c", "#7d5a44", "#5b8c00")  # for more methods than other figures have series
 COLOURS = (*SERIES, *MORE)
 MARKERS = "osD^vPX*ph<>"
 FRONT: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (4, 2))}
@@ -35,7 +37,12 @@ DARK = {  # as report.css has them
     COLOURS[4]: "#e3bd52",
     COLOURS[5]: "#f58bbb",
     COLOURS[6]: "#d0a88f",
+    COLOURS[7]: "#a5cf55",
 }
+# Preservation is drawn on a logarithmic scale of what is lost, for most of the field lies within a few hundredths of 1;
+# what is lost below NOTHING is drawn together.
+NOTHING = 0.002
+TICKS = (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.995, 1)
 FONT = 'ui-sans-serif, system-ui, -apple-system, "Segoe UI", "Noto Sans", "Helvetica Neue", Arial, sans-serif'
 
 
@@ -44,9 +51,11 @@ def figure4(analysis: Mapping[str, Any]) -> str:
     panels = analysis["panels"]
     columns = 4 if len(panels) > 4 and len(panels) % 3 == 1 else 3  # no panel alone in its row
     rows = -(-len(panels) // columns)
+    drawn = {point["method"] for panel in panels for point in panel["points"]}
     styles = {
         one["method"]: {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
         for index, one in enumerate(analysis["methods"])
+        if one["method"] in drawn
     }
     with _canvas(0.6 + (3 if columns == 3 else 2.7) * columns, 0.9 + 2.75 * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -58,12 +67,16 @@ def figure4(analysis: Mapping[str, Any]) -> str:
         for axes in places[max(0, len(panels) - columns) : len(panels)]:
             axes.tick_params(labelbottom=True)
         left = _left_end(panels, analysis["over"][0])
-        places[0].set_xlim(left, 1 + 0.03 * (1 - left))
-        places[0].locator_params(axis="x", nbins=6 if columns == 3 else 3)
+        for axes in places[: len(panels)]:
+            axes.set_xscale("function", functions=(_spread, _gathered))
+        places[0].set_xlim(left, 1 + 0.25 * NOTHING)
+        ticks = [tick for tick in TICKS if tick >= left]
+        places[0].set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         places[0].set_ylim(-0.05, 1.05)
         places[0].set_yticks((0, 0.25, 0.5, 0.75, 1), ("0%", "25%", "50%", "75%", "100%"))
         figure.supxlabel(
-            f"preservation ({analysis['metric'] or 'not measured yet'}): further right is better",
+            f"preservation ({analysis['metric'] or 'not measured yet'}), what is lost on a logarithmic scale: "
+            "further right is better",
             color=MUTED,
             fontsize=10,
         )
@@ -122,7 +135,7 @@ def _key(figure: Figure, axes: Axes, styles: Mapping[str, Any], *, never: bool) 
     ]
     if never:
         lines.append((mark(color=INK, **NEVER), "never saw the concept"))
-    columns = max(4, min(7, len(methods)))
+    columns = max(4, min(8, len(methods)))
     entries = [*_padded(methods, columns), *_padded(lines, columns)]
     downwards = [entry for column in range(columns) for entry in entries[column::columns]]  # as matplotlib fills them
     figure.legend(
@@ -140,6 +153,14 @@ def _key(figure: Figure, axes: Axes, styles: Mapping[str, Any], *, never: bool) 
 def _padded(entries: list[tuple[Any, str]], columns: int) -> list[tuple[Any, str]]:
     """Whole rows of a legend."""
     return entries + [(None, "")] * (-len(entries) % columns)
+
+
+def _spread(preservation: Any) -> Any:
+    return -np.log10(np.maximum(1 + NOTHING - np.asarray(preservation, dtype=float), 1e-9))
+
+
+def _gathered(spread: Any) -> Any:
+    return 1 + NOTHING - 10.0 ** -np.asarray(spread, dtype=float)
 
 
 def _left_end(panels: Sequence[Mapping[str, Any]], low: float) -> float:
