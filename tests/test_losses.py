@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from duo.losses import Preference, duo_loss, prior_loss, squared_error
+from duo.losses import Preference, duo_loss, ipo_loss, kto_loss, prior_loss, squared_error
 
 errors = st.lists(st.tuples(*[st.floats(0, 4)] * 4), min_size=1, max_size=5)
 
@@ -134,3 +134,41 @@ def test_errors_are_scaled_before_they_are_squared() -> None:
     # The published prior of SD3: λ = 5e6 at σ = 0.003/1.002 weighs as much as 44.8 at σ = 1.
     late = prior_loss(prediction, target, scale=torch.full((2,), 0.003 / 1.002))
     assert 5e6 * late.item() == pytest.approx(44.82 * 5, rel=1e-3)
+
+
+def test_a_regression_on_the_margin_by_hand() -> None:
+    # Margins 0.7 and 0.25 (as above); 1/(2β) = 0.25 for β 2: (0.45² + 0²)/2.
+    unsafe, safe = torch.tensor([1.5, 1.5]), torch.tensor([0.8, 1.25])
+    told = ipo_loss(
+        policy_unsafe=unsafe, policy_safe=safe, reference_unsafe=torch.ones(2), reference_safe=torch.ones(2), beta=2.0
+    )
+    assert told.loss.item() == pytest.approx(0.45**2 / 2, rel=1e-5)
+    assert told.margin.item() == pytest.approx(0.475)
+    assert told.accuracy.item() == 1.0
+
+
+def test_each_image_by_itself_by_hand() -> None:
+    # Rewards: safe 0.2 and −0.25, unsafe −0.5 and 0.9; their mean is 0.0875, the point z. β 2.
+    unsafe, safe = torch.tensor([1.5, 0.1], requires_grad=True), torch.tensor([0.8, 1.25], requires_grad=True)
+    told = kto_loss(
+        policy_unsafe=unsafe, policy_safe=safe, reference_unsafe=torch.ones(2), reference_safe=torch.ones(2), beta=2.0
+    )
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    z = 0.0875
+    by_hand = [sigmoid(2 * (z - r)) for r in (0.2, -0.25)], [sigmoid(2 * (r - z)) for r in (-0.5, 0.9)]
+    assert told.loss.item() == pytest.approx(sum(sum(side) for side in by_hand) / 2, rel=1e-5)
+    assert told.accuracy.item() == 0.5
+    # Nothing flows through the reference point: each gradient is that of its own image alone.
+    told.loss.backward()
+    slope = by_hand[0][0] * (1 - by_hand[0][0])
+    assert safe.grad is not None
+    assert safe.grad[0].item() == pytest.approx(2 * slope / 2, rel=1e-4)
+
+
+def test_a_batch_of_falling_rewards_has_its_point_at_0() -> None:
+    ones = torch.ones(1)
+    told = kto_loss(policy_unsafe=2 * ones, policy_safe=3 * ones, reference_unsafe=ones, reference_safe=ones, beta=1.0)
+    assert told.loss.item() == pytest.approx(1 / (1 + math.exp(-2)) + 1 / (1 + math.exp(1)), rel=1e-5)

@@ -9,7 +9,7 @@ Errors are means over a row's elements, as in the authors' code (the paper write
 number of elements). The sign between the two Δ is a minus; equation 4 of the workshop paper prints a plus, with which
 both errors would fall.
 
-`erased_target` is what methods that erase by text share.
+`ipo_loss` and `kto_loss` are other forms of the preference. `erased_target` is what methods that erase by text share.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True, kw_only=True)
 class Preference:
-    """`duo_loss` over n rows, each field a scalar tensor; only `loss` carries a gradient.
+    """A preference over n rows, each field a scalar tensor; only `loss` carries a gradient.
 
     `accuracy` is the share of rows with a positive `margin`, which is Δ(unsafe) − Δ(safe), averaged and without β.
     """
@@ -65,6 +65,41 @@ def duo_loss(
     detached = margin.detach()
     return Preference(
         loss=-F.logsigmoid(beta * penalised).mean(),
+        accuracy=(detached > 0).to(detached.dtype).mean(),
+        margin=detached.mean(),
+    )
+
+
+def ipo_loss(
+    *, policy_unsafe: Tensor, policy_safe: Tensor, reference_unsafe: Tensor, reference_safe: Tensor, beta: float
+) -> Preference:
+    """The same preference as a regression (IPO; Azar et al. 2024, eq. 17), from denoising errors of shape (n,).
+
+    The margin is drawn to 1/(2β), and no further; the sigmoid of `duo_loss` always asks for more.
+    """
+    margin = (policy_unsafe - reference_unsafe) - (policy_safe - reference_safe)
+    detached = margin.detach()
+    return Preference(
+        loss=(margin - 1 / (2 * beta)).square().mean(),
+        accuracy=(detached > 0).to(detached.dtype).mean(),
+        margin=detached.mean(),
+    )
+
+
+def kto_loss(
+    *, policy_unsafe: Tensor, policy_safe: Tensor, reference_unsafe: Tensor, reference_safe: Tensor, beta: float
+) -> Preference:
+    """KTO (Ethayarajh et al. 2024, eq. 8): each image is good or bad by itself, and no pair is compared.
+
+    With r = −Δ an image's reward, safe ones give 1 − σ(β·(r − z)) and unsafe ones 1 − σ(β·(z − r)). The reference
+    point z is the batch's mean reward, from 0 and without gradient, where the paper has a KL divergence that it
+    estimates from mismatched pairs: an image without a prompt has none.
+    """
+    safe, unsafe = reference_safe - policy_safe, reference_unsafe - policy_unsafe
+    z = torch.cat([safe, unsafe]).detach().mean().clamp(min=0)
+    detached = (safe - unsafe).detach()
+    return Preference(
+        loss=(torch.sigmoid(beta * (z - safe)) + torch.sigmoid(beta * (unsafe - z))).mean(),
         accuracy=(detached > 0).to(detached.dtype).mean(),
         margin=detached.mean(),
     )

@@ -5,6 +5,7 @@
     model_config = "sd1"             # for a checkpoint alone: a model folder or hub id with the settings that it lacks
     seed = 0
     validation = false               # true: attack and score on the concept's validation prompts, with other seeds
+                                     # and by the curator, for choosing values: what is scored takes no part
     red_team = "toybox"              # what `duo attack --budget quick` has for this kind of model (`duo.red_team`)
     attack_images = 32               # fresh concept images for the attacks that learn from images
 

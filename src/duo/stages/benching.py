@@ -30,12 +30,13 @@ from duo.report.tradeoff import write_tradeoff
 from duo.stages.attacking import attack, attack_concept
 from duo.stages.erasing import erase
 from duo.stages.pairing import make_pairs
-from duo.stages.scoring import adherence_of, labels_of, probe, seen, survival_of
+from duo.stages.scoring import adherence_of, attacked_images, labels_of, probe, seen, survival_of
 from duo.stages.session import MODELS, UNRELATED, Session, versions, world_digest
 
 LETTERS = {"present": "p", "absent": "a", "corrupted": "c"}
 DIGITS = 6  # that a measured value is kept with
 # What an undefended model's images depend on, of a recipe; the rest is the erasure's.
+IN_WORDS = "prompts"  # the attack that asks in the concept file's own words
 DRAWN = ("concept", "model", "model_config", "seed", "validation", "attack_images", "block", "sampling", "precision")
 ERASED = ("erase_seed", "method", "pairs")
 
@@ -269,7 +270,16 @@ def _attack_cell(session: Session, unit: Unit, model: str) -> dict[str, Any]:
         "idle": found.idle,
         "queries": found.queries,
         "reliable": reliable,
+        **_obeyed(session, row, model),
     }
+
+
+def _obeyed(session: Session, row: AttackRow, model: str) -> dict[str, Any]:
+    """Of a row of plain prompts, what they got of all else that they ask for. What an attack writes says nothing."""
+    if row.name != IN_WORDS or session.adherence is None:
+        return {}
+    right = adherence_of(session, attacked_images(session, row, model))
+    return {"attributes": {name: _digits(values) for name, values in right.items() if values}}
 
 
 def _preserved(session: Session, unit: Unit) -> Made:

@@ -48,7 +48,7 @@ def make_pairs(session: Session) -> Pairs:
         config["brought"] = brought.digest() if brought else stage.require("pairs")["config"].get("brought")
     with session.at_work("pairs"):
         if stage.begin(config, may_rise=session.may_rise):
-            if _same_network(session.judge, session.curator):
+            if not session.recipe.validation and _same_network(session.judge, session.curator):
                 rundir.note(
                     f"judge and curator of concept {session.concept.name} look with the same network; what it "
                     "overlooks in the pairs it overlooks in the scores too"

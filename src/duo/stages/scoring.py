@@ -83,7 +83,7 @@ def score(session: Session) -> dict[str, Any]:
             **_read_besides(session),
         }
         if stage.begin(config):
-            attacked = [_attacked(session, row, model) for row in rows for model in session.models]
+            attacked = [attacked_images(session, row, model) for row in rows for model in session.models]
             probed = probe(session, stage)
             captioned = draw_captions(session, stage)
             unsafe = _unsafe(session, attacked)
@@ -129,7 +129,8 @@ def _unsafe(session: Session, attacked: Sequence[JudgedSet]) -> Unsafe | None:
     )
 
 
-def _attacked(session: Session, row: AttackRow, model: str) -> JudgedSet:
+def attacked_images(session: Session, row: AttackRow, model: str) -> JudgedSet:
+    """What a finished attack brought on one model."""
     folder = session.dir.path / "attack" / row.row / model
     rows = rundir.read_jsonl(folder / "attempts.jsonl")
     return JudgedSet(
@@ -232,7 +233,7 @@ def _verdict_rows(
     verdicts: Mapping[tuple[str, str], Sequence[Verdict]],
     survival: Mapping[tuple[str, str], Sequence[bool]],
 ) -> Iterator[dict[str, Any]]:
-    judge = session.concept.judge.name
+    judge = session.judge_config.name
     for one in sets:
         alive = survival.get((one.name, one.model))
         for i, verdict in enumerate(verdicts[one.name, one.model]):
@@ -300,7 +301,7 @@ def _sections(
 
 def seen(session: Session, row: AttackRow, model: str) -> scores.Seen:
     """What a finished attack brought on one model, judged here and now."""
-    one = _attacked(session, row, model)
+    one = attacked_images(session, row, model)
     return _seen(session, one, labels_of(session, one))
 
 
@@ -326,7 +327,7 @@ def _protocol(session: Session, attacked: Sequence[JudgedSet], probed: Sequence[
     n = {one.name: len(one.prompts) for one in [*attacked, *probed] if one.model == "original"}
     where = {one.name: one.folder / "0000.png" for one in [*attacked, *probed] if one.model == "original"}
     rows = {row.row: row for row in session.recipe.attacks}
-    judged = judge_protocol(session.concept.judge, session.judge)
+    judged = judge_protocol(session.judge_config, session.judge)
     told: dict[str, Any] = {
         "attacks": {
             name: {**judged, **drawn_by(session, where[name], n=n[name]), "prompts": {"set": rows[name].prompts}}

@@ -19,7 +19,7 @@ from duo.artefacts import find_artefact
 from duo.concept import Concept, NearMiss, load_concept
 from duo.delta import Delta
 from duo.errors import UserError, did_you_mean
-from duo.fields import as_table, build_fields
+from duo.fields import LeafConfig, as_table, build_fields
 from duo.models import EMBEDDED, load_family, usable_device, written_out
 from duo.pairs import ENDINGS
 from duo.plugins import Family, Judge, Metric, Precision
@@ -72,7 +72,9 @@ class Session:
         self.artefact = None if recipe.erased is None else find_artefact(recipe.erased)
         self.attacks = {row.row: row.make() for row in recipe.attacks}
         self.recipe = _resolved(recipe, self.concept, self.method, self.attacks)
-        self.judge: Judge = self.concept.judge.make("judges", f"concept {self.concept.name}: judge")
+        which = "curator" if recipe.validation else "judge"  # who decides in scores must not decide what is scored
+        self.judge_config: LeafConfig = getattr(self.concept, which)
+        self.judge: Judge = self.judge_config.make("judges", f"concept {self.concept.name}: {which}")
         self.curator: Judge = self.concept.curator.make("judges", f"concept {self.concept.name}: curator")
         self.near_miss_judges: dict[str, Judge] = {
             name: near.judge.make("judges", f"concept {self.concept.name}: near_miss.{name}.judge")

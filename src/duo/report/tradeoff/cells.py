@@ -32,7 +32,8 @@ class Attacked:
     """What one attack row brought on one model, image by image.
 
     `labels` has a letter an image, of `LETTERS`. `restarts` says that variants are chance and no settings; `idle` is
-    the variant that is no attack; `reliable` the rate that the original model must reach.
+    the variant that is no attack; `reliable` the rate that the original model must reach. `obeyed` says of each image
+    whether it has what its prompt asks for besides the concept, where that is known.
     """
 
     labels: str
@@ -41,6 +42,7 @@ class Attacked:
     restarts: bool
     idle: str | None
     reliable: float
+    obeyed: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +291,10 @@ def _labelled(cell: Fields) -> Attacked:
     idle = cell.text_or_none("idle") if "idle" in cell else None
     if set(variants) == {idle}:
         raise UserError(f"{cell.where}: field 'variants' has nothing but {idle!r}, which is no attack")
+    attributes = cell.table_or_none("attributes") if "attributes" in cell else None
+    obeyed = _digits(attributes, "all") if attributes is not None and "all" in attributes else ()
+    if obeyed and len(obeyed) != len(labels):
+        raise UserError(f"{cell.where}: field 'attributes.all' has {len(obeyed)} values for {len(labels)} labels")
     return Attacked(
         labels=labels,
         prompts=tuple(prompts),
@@ -296,6 +302,7 @@ def _labelled(cell: Fields) -> Attacked:
         restarts=cell.flag("restarts") if "restarts" in cell else False,
         idle=idle,
         reliable=cell.share("reliable"),
+        obeyed=obeyed,
     )
 
 

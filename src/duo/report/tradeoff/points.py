@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from duo.report.tradeoff.cells import CORRUPTED, PRESENT, Attacked, Results
+from duo.report.tradeoff.cells import CORRUPTED, PRESENT, Attacked, Erasure, Results
 from duo.report.tradeoff.measures import Draws, Floats, Measure, Part, told
 
 UNRELATED = "unrelated"
@@ -273,6 +273,7 @@ class _Counter:
                 kept[one.seed] = _values(UNRELATED, one.kept.preservation)
                 shares = {f"{name} survives": values for name, values in one.kept.survived.items()}
                 shares |= {f"{name} prompts obeyed": values for name, values in one.kept.obeyed.items()}
+                shares |= self._obeyed(one)
                 for name, values in shares.items():
                     # obeyed unrelated prompts are the images of the preservation, and drawn with them
                     of = UNRELATED if name.startswith(UNRELATED) else name
@@ -282,6 +283,12 @@ class _Counter:
         return Point(
             method=method, strength=strength, counts=counts, kept=kept, other=other, complete=tuple(sorted(complete))
         )
+
+    def _obeyed(self, erasure: Erasure) -> dict[str, tuple[bool, ...]]:
+        """Of rows of plain prompts, whether each image has what its prompt asks for besides the concept."""
+        sets = {row.name: row.prompts for row in self.results.rows}
+        found = {name: row.obeyed for name, row in erasure.rows.items() if row.obeyed}
+        return {f"{sets[name]} prompts obeyed": values for name, values in found.items()}
 
 
 def _values(name: str, values: Sequence[float]) -> Part:

@@ -1,0 +1,319 @@
+"""Redirection to safe twins (ours): at the unsafe image, predict what the frozen model predicts at its safe twin.
+
+DUO's preference (`duo.methods.duo`) says what to be worse at, and leaves open what comes instead. Here the pair itself
+says where to go. With one noise and one time for both images of a pair, x̂0 the clean image that a prediction implies,
+θ the trained model and φ the frozen one,
+
+    L = w_r·‖x̂0_θ(x_t⁻, c⁻) − x̂0_φ(x_t⁺, c⁺)‖² + w_k·‖x̂0_θ(x_t⁺, c⁺) − x̂0_φ(x_t⁺, c⁺)‖²
+        + w_u·‖x̂0_θ(u_t, c) − x̂0_φ(u_t, c)‖²
+
+So the frozen model teaches the identity everywhere (safe twins, and images u of harmless prompts that it draws itself)
+but at unsafe images, where it teaches the step that it would take from the safe twin. At high noise, where twins cannot
+be told apart, that is the identity too, and nothing drifts. Prompts are the pair's own (unsafe to the left of a safe
+teacher) in a share `prompted` of the rows, and what guidance starts from in the others: the first closes the way by
+words, the second those by images and learned words, which no list of prompts has.
+
+What the study of objectives (docs/beyond.md) compares it with are fields of it: `towards = "twin"` has the safe twin
+itself in the teacher's place; `preference` adds DUO's term with DPO-Positive's penalty, or its IPO or KTO form;
+`prior_weight` adds DUO's hold on pure noise; `train = "weights"` trains the layers themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from duo import parallel
+from duo.conditioning import Conditioning, encoded
+from duo.delta import Delta, made_by
+from duo.drawn import draw, encode
+from duo.errors import UserError
+from duo.fields import check_above_0, check_choices, check_from_0
+from duo.losses import Preference, duo_loss, ipo_loss, kto_loss, prior_loss, squared_error
+from duo.pairs import SIDES, Pairs
+from duo.plugins import Family, Precision, Run
+from duo.precision import check_8bit, check_tunable, sharded, waiting
+from duo.training import Lora, Tuned, attach_lora, fixed_by, follow, steps_of, tune_weights
+
+CHOICES = {
+    "towards": ("teacher", "twin"),
+    "weighting": ("min_snr", "clean", "output"),
+    "preference": ("none", "dpo", "ipo", "kto"),
+    "train": ("lora", "weights"),
+    "lr_scheduler": ("constant", "constant_with_warmup", "linear", "cosine"),
+}
+FORMS: dict[str, Callable[..., Preference]] = {"dpo": duo_loss, "ipo": ipo_loss, "kto": kto_loss}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Redirect:
+    """Redirection with the values that the study on the embedded model chose; no other model has been tried.
+
+    `weighting` is that of the squared errors over time: "clean" of the implied clean images, "output" of what the
+    denoiser puts out, and "min_snr" of the smaller of both (Min-SNR with γ = 1; Hang et al. 2023), which neither blows
+    up at high noise nor has almost all its weight at low noise. `train_batch_size` counts pairs a step, and as many
+    unrelated images; `unrelated_images` are drawn for it. `beta` and `positive_penalty` are of the `preference`.
+    The other fields are as DUO's.
+    """
+
+    takes_pairs: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
+
+    redirect_weight: float = 1.0
+    keep_weight: float = 1.0
+    unrelated_weight: float = 1.0
+    unrelated_images: int = 64
+    prompted: float = 0.5
+    towards: Literal["teacher", "twin"] = "teacher"
+    weighting: Literal["min_snr", "clean", "output"] = "min_snr"
+    timestep_range: tuple[float, float] = (0.0, 1.0)
+    preference: Literal["none", "dpo", "ipo", "kto"] = "none"
+    preference_weight: float = 1.0
+    beta: float = 20.0
+    positive_penalty: float = 0.0
+    prior_weight: float = 0.0
+    train: Literal["lora", "weights"] = "lora"
+    targets: tuple[str, ...] = ("self_attention", "feed_forward", "convolutions")
+    rank: int = 16
+    lora_alpha: float | None = None
+    learning_rate: float = 5e-4
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
+    lr_warmup_steps: int = 5
+    max_train_steps: int = 100
+    train_batch_size: int = 16
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    checkpointing_steps: int = 20
+
+    def __post_init__(self) -> None:
+        check_choices(self, CHOICES)
+        counts = ("rank", "unrelated_images", "max_train_steps", "train_batch_size", "checkpointing_steps")
+        check_above_0(self, "beta", "learning_rate", "max_grad_norm", *counts)
+        weights = ("redirect_weight", "keep_weight", "unrelated_weight", "preference_weight", "prior_weight")
+        check_from_0(self, *weights, "positive_penalty", "weight_decay", "lr_warmup_steps")
+        if not 0 <= self.prompted <= 1:
+            raise ValueError(f"prompted is {self.prompted}, expected a share of the rows, 0 to 1")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha is {self.lora_alpha}, expected a number above 0, or none for the rank")
+        low, high = self.timestep_range
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"timestep_range is {self.timestep_range}, expected two fractions, 0 ≤ low < high ≤ 1")
+        if not self.targets:
+            raise ValueError("targets is empty, expected at least one scope, such as 'self_attention'")
+        if not self.redirect_weight and self.preference == "none":
+            raise ValueError("redirect_weight is 0 and preference is 'none', so nothing would be erased; give either")
+
+    def passes(self, pairs: int) -> dict[str, int]:
+        """What training on so many pairs sends through the networks, in rows (for `duo run --dry-run`)."""
+        rows = self.train_batch_size * self.max_train_steps
+        beside = sum(bool(weight) for weight in (self.unrelated_weight, self.prior_weight))
+        trained, frozen = (2 + beside) * rows, (1 + (self.preference != "none") + beside) * rows
+        images = self.unrelated_images if self.unrelated_weight else 0
+        return {
+            "images": images,
+            "vae": 2 * pairs + 2 * images,
+            "denoiser": trained + frozen,
+            "trained": trained,
+            "steps": self.max_train_steps,
+        }
+
+    def check(self, model: Family, *, pairs: int | None, precision: Precision) -> None:
+        """Raise `UserError` for what does not fit the model, the number of pairs (None: not known) or this machine."""
+        if pairs is not None and self.train_batch_size > pairs:
+            raise UserError(f"train_batch_size = {self.train_batch_size} but there are only {pairs} pairs")
+        parallel.share(self.train_batch_size)
+        if self.prior_weight and precision.dtype != "float32":
+            raise UserError(
+                f"prior_weight is {self.prior_weight:g} and precision.dtype {precision.dtype!r}, where it would drown "
+                "in rounding; set prior_weight to 0, or precision.dtype to float32"
+            )
+        if self.train == "weights":
+            check_tunable(precision)
+        if precision.optimizer_8bit:
+            check_8bit()
+        for scope in self.targets:
+            if not model.layers(scope):
+                raise UserError(f"targets: the denoiser of model {model.name!r} has no layers of scope {scope!r}")
+        low, high = self.timestep_range
+        model.process.sample_t(1, low=low, high=high, generator=torch.Generator())  # raises where no step lies there
+        if not torch.isfinite(model.process.x0_scale(model.process.times(torch.tensor([high])))).all():
+            raise UserError(
+                f"timestep_range ends at {high:g}, where the noise of model {model.name!r} holds no signal (a zero "
+                "terminal SNR) and a prediction of epsilon implies no clean image; lower its end"
+            )
+
+    def erase(self, model: Family, concept: Any, *, pairs: Pairs | None, run: Run) -> Delta:
+        """Draw the unrelated images, and train on them and `pairs`."""
+        assert pairs is not None
+        self.check(model, pairs=len(pairs), precision=run.precision)
+        scenes = _Scenes.of(self, model, concept, pairs=pairs, run=run)
+        layers = sorted({name for scope in self.targets for name in model.layers(scope)})
+        made = made_by("redirect", self, model=model, run=run)
+        record = {**fixed_by(made["config"]), "pairs": pairs.digest(), "model": model.name, "seed": run.seed}
+        with (
+            waiting(model.encoders(), device=model.device, offload=run.precision.offload),
+            sharded(model, shard=run.precision.shard),
+            self._trained(model, layers, seed=run.seed) as trained,
+        ):
+            loss = self._objective(model, trained, scenes)
+            steps = steps_of(self, loss, trained.parameters, run=run, record=record, shared=True)
+            follow(steps, run=run, total=self.max_train_steps, label="redirect")
+            if isinstance(trained, Tuned):
+                return Delta(kind="weights", component=model.component, tensors=trained.differences(), record=made)
+            return Delta(
+                kind="lora",
+                component=model.component,
+                tensors=trained.tensors(),
+                record={**made, "lora": {"rank": trained.rank, "alpha": trained.alpha, "target_modules": layers}},
+            )
+
+    @contextmanager
+    def _trained(self, model: Family, layers: list[str], *, seed: int) -> Iterator[Lora | Tuned]:
+        if self.train == "weights":
+            with tune_weights(model.denoiser, layers) as tuned:
+                yield tuned
+        else:
+            alpha = float(self.rank if self.lora_alpha is None else self.lora_alpha)
+            with attach_lora(model.denoiser, layers, rank=self.rank, alpha=alpha, seed=seed) as lora:
+                yield lora
+
+    def _objective(
+        self, model: Family, trained: Lora | Tuned, scenes: _Scenes
+    ) -> Callable[[torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]:
+        """This process's share of the loss of one random batch; all processes draw the same, and each its rows."""
+        n, process = self.train_batch_size, model.process
+        own = parallel.share(n)
+        low, high = self.timestep_range
+
+        def drawn(among: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            """Rows of one kind of image: which, noise, times, and whether they have their prompts."""
+            chosen = torch.randperm(among, generator=generator)[torch.arange(n) % among]
+            noise = torch.randn(n, *scenes.unsafe.shape[1:], generator=generator)
+            t = process.sample_t(n, low=low, high=high, generator=generator)
+            prompted = torch.rand(n, generator=generator) < self.prompted
+            device = scenes.unsafe.device
+            return tuple(one[own].to(device) for one in (chosen, noise, t, prompted))  # type: ignore[return-value]
+
+        def loss(generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
+            chosen, noise, t, prompted = drawn(len(scenes.unsafe), generator)
+            x0 = {"unsafe": scenes.unsafe[chosen], "safe": scenes.safe[chosen]}
+            rows = {
+                side: (process.noised(one, noise, t), t, scenes.text(side, chosen, prompted))
+                for side, one in x0.items()
+            }
+            if self.unrelated_weight:
+                other, other_noise, other_t, other_prompted = drawn(len(scenes.unrelated), generator)
+                x_t = process.noised(scenes.unrelated[other], other_noise, other_t)
+                rows["unrelated"] = (x_t, other_t, scenes.text("unrelated", other, other_prompted))
+            if self.prior_weight:
+                rows["prior"] = (*process.terminal(noise), scenes.empty.expand(len(t)))
+            taught = {kind: row for kind, row in rows.items() if kind != "unsafe" or self.preference != "none"}
+            with trained.disabled():
+                teacher = _predicted(model, taught)
+            student = _predicted(model, rows)
+            terms: dict[str, tuple[float, Tensor]] = {}  # with their weights
+            of_clean = process.x0_scale(t)
+            scale = self._scale(of_clean)
+            if self.redirect_weight:
+                reached = process.implied(rows["unsafe"][0], student["unsafe"], t)[0]
+                twin = process.implied(rows["safe"][0], teacher["safe"], t)[0]
+                wanted = x0["safe"] if self.towards == "twin" else twin
+                error = squared_error(reached, wanted, scale=scale / of_clean)
+                terms["redirect"] = self.redirect_weight, error.mean()
+            if self.keep_weight:
+                terms["kept"] = self.keep_weight, squared_error(student["safe"], teacher["safe"], scale=scale).mean()
+            if self.unrelated_weight:
+                scale = self._scale(process.x0_scale(rows["unrelated"][1]))
+                error = squared_error(student["unrelated"], teacher["unrelated"], scale=scale)
+                terms["unrelated"] = self.unrelated_weight, error.mean()
+            told = {}
+            if self.preference != "none":
+                targets = {side: process.target(one, noise, t) for side, one in x0.items()}
+                errors = {
+                    f"{who}_{side}": squared_error(output[side], target)
+                    for who, output in (("policy", student), ("reference", teacher))
+                    for side, target in targets.items()
+                }
+                preference = self._preference(errors)
+                terms["preference"] = self.preference_weight, preference.loss
+                told["accuracy"] = preference.accuracy
+            if self.prior_weight:
+                terms["prior"] = self.prior_weight, prior_loss(student["prior"], teacher["prior"])
+            total = torch.stack([weight * value for weight, value in terms.values()]).sum()
+            told |= {name: value.detach() for name, (_, value) in terms.items()}
+            return total * (len(t) / n), {name: number * (len(t) / n) for name, number in told.items()}
+
+        return loss
+
+    def _scale(self, of_clean: Tensor) -> Tensor:
+        """What errors of the output are multiplied by, (n,), from how large they are in the clean image."""
+        if self.weighting == "clean":
+            return of_clean
+        return torch.ones_like(of_clean) if self.weighting == "output" else of_clean.clamp(max=1.0)
+
+    def _preference(self, errors: Mapping[str, Tensor]) -> Preference:
+        """Of errors (n,) by whose and which they are."""
+        penalty = {"positive_penalty": self.positive_penalty} if self.preference == "dpo" else {}
+        return FORMS[self.preference](**errors, beta=self.beta, **penalty)
+
+
+def _predicted(model: Family, rows: Mapping[str, tuple[Tensor, Tensor, Conditioning]]) -> dict[str, Tensor]:
+    """The denoiser's outputs for groups of rows (noised latents, times, texts), in one pass."""
+    x_t, t, texts = zip(*rows.values(), strict=True)
+    whole = model.predict(torch.cat(x_t), torch.cat(t), Conditioning.cat(texts))
+    return dict(zip(rows, torch.split(whole, [len(one) for one in x_t]), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Scenes:
+    """What is trained on: latents (images, channels, height, width), and each image's prompt, encoded.
+
+    Row 0 of `texts` is what guidance starts from; `places` has for each kind of image the row of each one's prompt.
+    """
+
+    unsafe: Tensor
+    safe: Tensor
+    unrelated: Tensor
+    texts: Conditioning
+    places: Mapping[str, Tensor]
+
+    @property
+    def empty(self) -> Conditioning:
+        return self.texts[:1]
+
+    def text(self, kind: str, chosen: Tensor, prompted: Tensor) -> Conditioning:
+        """Of images, (n,), their prompts where `prompted`, (n,), says so."""
+        return self.texts[torch.where(prompted, self.places[kind][chosen], 0)]
+
+    @classmethod
+    def of(cls, method: Redirect, model: Family, concept: Any, *, pairs: Pairs, run: Run) -> _Scenes:
+        """Encode the pairs, and draw and encode the unrelated images."""
+        prompts = {side: ["" for _ in pairs.names] for side in SIDES}
+        if method.prompted:
+            prompts = {side: [str(row.get(f"{side}_prompt") or "") for row in pairs.rows] for side in SIDES}
+            if not pairs.rows or not all(all(own) for own in prompts.values()):
+                raise UserError(
+                    f"prompted is {method.prompted:g}, but not every pair says what it was drawn from (unsafe_prompt "
+                    "and safe_prompt in pairs.jsonl or the CSV); add them, or set prompted to 0"
+                )
+        with torch.no_grad():
+            unsafe, safe = (encode(model, side) for side in (pairs.unsafe, pairs.safe))
+            unrelated = unsafe[:0]
+            if method.unrelated_weight:
+                images = draw(model, concept.harmless, n=method.unrelated_images, run=run, name="unrelated")
+                unrelated = encode(model, images)
+            harmless = list(concept.harmless)
+            prompts["unrelated"] = [harmless[i % len(harmless)] for i in range(len(unrelated))]
+            rows = {text: i + 1 for i, text in enumerate(dict.fromkeys(chain.from_iterable(prompts.values())))}
+            texts = Conditioning.cat([model.unconditional(), encoded(model, list(rows))])
+        places = {
+            kind: torch.tensor([rows[text] for text in own], dtype=torch.long, device=unsafe.device)
+            for kind, own in prompts.items()
+        }
+        return cls(unsafe=unsafe, safe=safe, unrelated=unrelated, texts=texts, places=places)
