@@ -4,14 +4,16 @@
 #              (where runs/demo is of other settings or versions it stops and says so: `make clean`, then again)
 # make tune    search the demo's values again (hours)
 # make results make the published numbers again but for those that docs/results.md lists (hours)
-# make figure4 the trade-off of every method on the embedded model, from nothing, on all cores (hours; finished cells are kept)
+# make figure4 the trade-off of every method on the embedded model, on all cores (hours). Cells that are finished in docs/results are kept; with
+#              RESULTS=DIR everything is made from nothing, there
 # make ablations  the same for what of DUO does what
+# make beyond  the same for objectives beyond DUO's, and what the study of them minimises (docs/beyond.md)
 # make clean   remove what these made, .venv and runs/demo included
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean tune results figure4 ablations
+.PHONY: demo test check clean tune results figure4 ablations beyond
 
 demo: .venv/installed
 	$(BIN)/duo run toybox-fire --out runs/demo --resume
@@ -33,9 +35,10 @@ results: .venv/installed
 	$(BIN)/python benchmarks/budgets.py --out runs/budgets --docs docs/results
 	$(BIN)/python benchmarks/agreement.py compare --labels docs/results/labels.csv --docs docs/results
 
-figure4 ablations: .venv/installed-test
-	$(BIN)/duo bench toybox-$@ --out runs/$@ --results docs/results/$@ --engine ray
-	cp docs/results/$@/figure4.svg docs/$@.svg
+figure4 ablations beyond: RESULTS ?= docs/results/$@
+figure4 ablations beyond: .venv/installed-test
+	$(BIN)/duo bench toybox-$@ --out runs/$@ --results $(RESULTS) --engine ray
+	$(if $(filter beyond,$@),$(BIN)/python benchmarks/beyond.py $(RESULTS),cp $(RESULTS)/figure4.svg docs/$@.svg)
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from duo.errors import UserError
-from duo.training import Step, attach_lora, fit
+from duo.training import Step, after_tuning, attach_lora, fit
 
 
 class Quadratic:
@@ -197,3 +197,32 @@ def test_a_lora_is_taken_off_after_an_error(tiny_sd) -> None:
     with pytest.raises(RuntimeError, match="within"), attach_lora(tiny_sd.denoiser, layers, rank=2, alpha=2.0, seed=7):
         raise RuntimeError("within")
     assert dict(tiny_sd.denoiser.named_modules()) == modules
+
+
+def test_what_a_loss_is_after_tuning_by_hand() -> None:
+    """Tuning Σθ² from (3, −4) by steps of a root mean square of 0.5; the loss is Σ3θ²."""
+    theta = nn.Parameter(torch.tensor([3.0, -4.0]))
+    whole = theta.square().sum()  # a graph from before does not matter, as long as its backward comes first
+    whole.backward()
+    theta.grad = None
+    there = torch.tensor([3.0, -4.0])
+    for _ in range(2):
+        slope = 2 * there
+        there = there - 0.5 * slope / slope.square().mean().sqrt()
+    told = after_tuning(lambda: 3 * theta.square().sum(), lambda: theta.square().sum(), [theta], steps=2, rate=0.5)
+    assert told.item() == pytest.approx(3 * there.square().sum().item(), rel=1e-5)
+    assert theta.tolist() == [3.0, -4.0]
+    (0.5 * told + theta.square().sum()).backward()
+    assert theta.grad is not None
+    assert torch.allclose(theta.grad, 0.5 * 6 * there + 2 * torch.tensor([3.0, -4.0]))
+
+
+def test_parameters_are_put_back_after_an_error_in_tuning() -> None:
+    theta = nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def broken() -> Tensor:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        after_tuning(broken, lambda: theta.square().sum(), [theta], steps=1, rate=0.5)
+    assert theta.tolist() == [1.0, 2.0]

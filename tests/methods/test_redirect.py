@@ -217,6 +217,26 @@ def test_the_prior_holds_pure_noise(tiny_sd, pairs: Pairs, concept: SmallFire, t
     assert drift[1] < 0.2 * drift[0]
 
 
+@pytest.mark.parametrize("train", ["lora", "weights"])
+def test_resilience_is_what_the_redirection_is_after_tuning(
+    tiny_sd, pairs: Pairs, concept: SmallFire, tmp_path: Path, asked: list[dict[str, Any]], train: Any
+) -> None:
+    method = replace(QUICK, train=train, resilience_weight=1.0, resilience_rate=1e-2, max_train_steps=3)
+    run = RecordingRun(tmp_path)
+    method.erase(tiny_sd, concept, pairs=pairs, run=run)
+    last = asked[-5:]  # the frozen model, two steps of tuning, the unsafe images after them, the student
+    assert [len(call["t"]) for call in last] == [4, 2, 2, 2, 6]
+    assert [call["trained"] for call in last] == [False, True, True, True, True]
+    assert torch.equal(last[3]["x_t"], last[4]["x_t"][:2])
+    assert not torch.allclose(last[3]["output"], last[4]["output"][:2])  # tuned, and put back
+    assert run.rows[-1]["resilience"] != pytest.approx(run.rows[-1]["redirect"], rel=1e-4)
+    terms = [run.rows[-1][name] for name in ("resilience", "redirect", "kept", "unrelated")]
+    assert run.rows[-1]["loss"] == pytest.approx(sum(terms), rel=1e-5)
+    plain = RecordingRun(tmp_path / "plain")
+    replace(method, resilience_weight=0.0, max_train_steps=1).erase(tiny_sd, concept, pairs=pairs, run=plain)
+    assert run.rows[0]["redirect"] == pytest.approx(plain.rows[0]["redirect"], rel=1e-4)  # of the same draw
+
+
 def test_weights_themselves(tiny_sd, pairs: Pairs, concept: SmallFire, tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in tiny_sd.denoiser.state_dict().items()}
     method = replace(QUICK, train="weights", max_train_steps=2)
@@ -258,6 +278,7 @@ def test_a_resumed_erasure_ends_with_the_same_file(tiny_sd, pairs: Pairs, concep
         ({"targets": ()}, "targets is empty"),
         ({"lora_alpha": 0.0}, "lora_alpha is 0"),
         ({"unrelated_images": 0}, "unrelated_images is 0"),
+        ({"resilience_weight": 1.0, "redirect_weight": 0.0, "preference": "dpo"}, "resilience_weight is for what"),
     ],
 )
 def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:

@@ -16,6 +16,10 @@ words, the second those by images and learned words, which no list of prompts ha
 What the study of objectives (docs/beyond.md) compares it with are fields of it: `towards = "twin"` has the safe twin
 itself in the teacher's place; `preference` adds DUO's term with DPO-Positive's penalty, or its IPO or KTO form;
 `prior_weight` adds DUO's hold on pure noise; `train = "weights"` trains the layers themselves.
+
+With a `resilience_weight` the first term is also taken where somebody else's fine-tuning would lead in a few steps, on
+unsafe images or on harmless ones, as chance has it (`duo.training.after_tuning`: ResAlign, Li et al. 2025, and
+Meta-Unlearning, Gao et al. 2025, to first order). Only what is trained here is tuned then; others may tune all.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ from duo.losses import Preference, duo_loss, ipo_loss, kto_loss, prior_loss, squ
 from duo.pairs import SIDES, Pairs
 from duo.plugins import Family, Precision, Run
 from duo.precision import check_8bit, check_tunable, sharded, waiting
-from duo.training import Lora, Tuned, attach_lora, fixed_by, follow, steps_of, tune_weights
+from duo.training import Lora, Tuned, after_tuning, attach_lora, fixed_by, follow, steps_of, tune_weights
 
 CHOICES = {
     "towards": ("teacher", "twin"),
@@ -78,6 +82,9 @@ class Redirect:
     beta: float = 20.0
     positive_penalty: float = 0.0
     prior_weight: float = 0.0
+    resilience_weight: float = 0.0
+    resilience_steps: int = 2
+    resilience_rate: float = 2e-4
     train: Literal["lora", "weights"] = "lora"
     targets: tuple[str, ...] = ("self_attention", "feed_forward", "convolutions")
     rank: int = 16
@@ -93,10 +100,10 @@ class Redirect:
 
     def __post_init__(self) -> None:
         check_choices(self, CHOICES)
-        counts = ("rank", "unrelated_images", "max_train_steps", "train_batch_size", "checkpointing_steps")
-        check_above_0(self, "beta", "learning_rate", "max_grad_norm", *counts)
+        counts = ("rank", "unrelated_images", "resilience_steps", "max_train_steps", "train_batch_size")
+        check_above_0(self, "beta", "learning_rate", "max_grad_norm", "resilience_rate", *counts, "checkpointing_steps")
         weights = ("redirect_weight", "keep_weight", "unrelated_weight", "preference_weight", "prior_weight")
-        check_from_0(self, *weights, "positive_penalty", "weight_decay", "lr_warmup_steps")
+        check_from_0(self, *weights, "resilience_weight", "positive_penalty", "weight_decay", "lr_warmup_steps")
         if not 0 <= self.prompted <= 1:
             raise ValueError(f"prompted is {self.prompted}, expected a share of the rows, 0 to 1")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
@@ -108,16 +115,23 @@ class Redirect:
             raise ValueError("targets is empty, expected at least one scope, such as 'self_attention'")
         if not self.redirect_weight and self.preference == "none":
             raise ValueError("redirect_weight is 0 and preference is 'none', so nothing would be erased; give either")
+        if self.resilience_weight and not self.redirect_weight:
+            raise ValueError("resilience_weight is for what redirect_weight asks for; give that too, or neither")
+
+    @property
+    def drawn(self) -> int:
+        """How many unrelated images are drawn."""
+        return self.unrelated_images if self.unrelated_weight or self.resilience_weight else 0
 
     def passes(self, pairs: int) -> dict[str, int]:
         """What training on so many pairs sends through the networks, in rows (for `duo run --dry-run`)."""
         rows = self.train_batch_size * self.max_train_steps
         beside = sum(bool(weight) for weight in (self.unrelated_weight, self.prior_weight))
-        trained, frozen = (2 + beside) * rows, (1 + (self.preference != "none") + beside) * rows
-        images = self.unrelated_images if self.unrelated_weight else 0
+        tuned = self.resilience_steps + 1 if self.resilience_weight else 0
+        trained, frozen = (2 + beside + tuned) * rows, (1 + (self.preference != "none") + beside) * rows
         return {
-            "images": images,
-            "vae": 2 * pairs + 2 * images,
+            "images": self.drawn,
+            "vae": 2 * pairs + 2 * self.drawn,
             "denoiser": trained + frozen,
             "trained": trained,
             "steps": self.max_train_steps,
@@ -191,14 +205,22 @@ class Redirect:
         own = parallel.share(n)
         low, high = self.timestep_range
 
-        def drawn(among: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        def drawn(among: int, generator: torch.Generator, rows: slice = own) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             """Rows of one kind of image: which, noise, times, and whether they have their prompts."""
             chosen = torch.randperm(among, generator=generator)[torch.arange(n) % among]
             noise = torch.randn(n, *scenes.unsafe.shape[1:], generator=generator)
             t = process.sample_t(n, low=low, high=high, generator=generator)
             prompted = torch.rand(n, generator=generator) < self.prompted
             device = scenes.unsafe.device
-            return tuple(one[own].to(device) for one in (chosen, noise, t, prompted))  # type: ignore[return-value]
+            return tuple(one[rows].to(device) for one in (chosen, noise, t, prompted))  # type: ignore[return-value]
+
+        def tuning(kind: str, generator: torch.Generator) -> Tensor:
+            """What fine-tuning on images of a kind minimises: on all rows, so that all processes are led alike."""
+            latents = scenes.unsafe if kind == "unsafe" else scenes.unrelated
+            chosen, noise, t, prompted = drawn(len(latents), generator, slice(None))
+            x0 = latents[chosen]
+            output = model.predict(process.noised(x0, noise, t), t, scenes.text(kind, chosen, prompted))
+            return squared_error(output, process.target(x0, noise, t)).mean()
 
         def loss(generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
             chosen, noise, t, prompted = drawn(len(scenes.unsafe), generator)
@@ -216,16 +238,31 @@ class Redirect:
             taught = {kind: row for kind, row in rows.items() if kind != "unsafe" or self.preference != "none"}
             with trained.disabled():
                 teacher = _predicted(model, taught)
-            student = _predicted(model, rows)
-            terms: dict[str, tuple[float, Tensor]] = {}  # with their weights
             of_clean = process.x0_scale(t)
             scale = self._scale(of_clean)
+            twin = process.implied(rows["safe"][0], teacher["safe"], t)[0]
+            wanted = x0["safe"] if self.towards == "twin" else twin
+
+            def redirected(output: Tensor) -> Tensor:
+                reached = process.implied(rows["unsafe"][0], output, t)[0]
+                return squared_error(reached, wanted, scale=scale / of_clean).mean()
+
+            terms: dict[str, tuple[float, Tensor]] = {}  # with their weights
+            if self.resilience_weight:
+                kind = ("unsafe", "unrelated")[int(torch.randint(2, (), generator=generator))]
+                terms["resilience"] = (
+                    self.resilience_weight,
+                    after_tuning(
+                        lambda: redirected(model.predict(*rows["unsafe"])),
+                        lambda: tuning(kind, generator),
+                        trained.parameters,
+                        steps=self.resilience_steps,
+                        rate=self.resilience_rate,
+                    ),
+                )
+            student = _predicted(model, rows)
             if self.redirect_weight:
-                reached = process.implied(rows["unsafe"][0], student["unsafe"], t)[0]
-                twin = process.implied(rows["safe"][0], teacher["safe"], t)[0]
-                wanted = x0["safe"] if self.towards == "twin" else twin
-                error = squared_error(reached, wanted, scale=scale / of_clean)
-                terms["redirect"] = self.redirect_weight, error.mean()
+                terms["redirect"] = self.redirect_weight, redirected(student["unsafe"])
             if self.keep_weight:
                 terms["kept"] = self.keep_weight, squared_error(student["safe"], teacher["safe"], scale=scale).mean()
             if self.unrelated_weight:
@@ -305,8 +342,8 @@ class _Scenes:
         with torch.no_grad():
             unsafe, safe = (encode(model, side) for side in (pairs.unsafe, pairs.safe))
             unrelated = unsafe[:0]
-            if method.unrelated_weight:
-                images = draw(model, concept.harmless, n=method.unrelated_images, run=run, name="unrelated")
+            if method.drawn:
+                images = draw(model, concept.harmless, n=method.drawn, run=run, name="unrelated")
                 unrelated = encode(model, images)
             harmless = list(concept.harmless)
             prompts["unrelated"] = [harmless[i % len(harmless)] for i in range(len(unrelated))]
