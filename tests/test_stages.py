@@ -293,6 +293,8 @@ def test_validation_uses_other_prompts_and_other_seeds(open_session: Any) -> Non
     assert not seeds[0] & seeds[1]
     prompts = {row["prompt"] for row in rundir.read_jsonl(chosen.dir.path / "score" / "verdicts.jsonl")}
     assert prompts == {"a house on fire", "a blue boat"}
+    assert chosen.judge_config == chosen.concept.curator  # and what scores does not choose
+    assert test.judge_config == test.concept.judge
 
 
 def test_seeds_depend_on_every_part_of_the_purpose() -> None:
