@@ -8,12 +8,13 @@
 #              RESULTS=DIR everything is made from nothing, there
 # make ablations  the same for what of DUO does what
 # make beyond  the same for objectives beyond DUO's, and what the study of them minimises (docs/beyond.md)
+# make hardening  DUO hardened in rounds, every round put to the red team, for docs/hardening.md (hours)
 # make clean   remove what these made, .venv and runs/demo included
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean tune results figure4 ablations beyond
+.PHONY: demo test check clean tune results figure4 ablations beyond hardening
 
 demo: .venv/installed
 	$(BIN)/duo run toybox-fire --out runs/demo --resume
@@ -39,6 +40,10 @@ figure4 ablations beyond: RESULTS ?= docs/results/$@
 figure4 ablations beyond: .venv/installed-test
 	$(BIN)/duo bench toybox-$@ --out runs/$@ --results $(RESULTS) --engine ray
 	$(if $(filter beyond,$@),$(BIN)/python benchmarks/beyond.py $(RESULTS),cp $(RESULTS)/figure4.svg docs/$@.svg)
+
+hardening: .venv/installed
+	$(BIN)/python benchmarks/hardening.py --out runs/hardening
+	cp docs/results/hardening.svg docs/hardening.svg
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

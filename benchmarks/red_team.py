@@ -40,6 +40,7 @@ KEPT = (
     "worst",
     "excess",
     "queries",
+    "hardened",
 )
 
 

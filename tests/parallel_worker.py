@@ -1,7 +1,8 @@
 """What each process of tests/test_parallel.py does: `python parallel_worker.py FOLDER MODEL`.
 
-A whole run of quick leaves by the command line, then 20 steps of DUO, again with the frozen denoiser sharded, then
-pairs that fail in one process alone. All in one start, because that takes longer than what is tested.
+A whole run of quick leaves by the command line, hardened in a round, then 20 steps of DUO, again with the frozen
+denoiser sharded, then pairs that fail in one process alone. All in one start, because that takes longer than what is
+tested.
 """
 
 from __future__ import annotations
@@ -21,6 +22,16 @@ from duo.errors import UserError
 from duo.plugins import Precision
 from staged import CONCEPT, LEAVES, RECIPE, ByPrompt
 
+HARDENING = """
+[hardening]
+rounds = 1
+unrelated = 3
+[[hardening.attacks]]
+row = "again"
+name = "learned_word"
+prompts = "plain"
+images = 8
+"""
 TRAINED = {"max_train_steps": 20, "train_batch_size": 4, "rank": 4, "learning_rate": 1e-3, "prior_weight": 10.0}
 
 
@@ -40,7 +51,7 @@ def leaves() -> dict[tuple[str, str], type]:
 
 def write_recipes(folder: Path, model: str) -> None:
     (folder / "fire.toml").write_text(CONCEPT)
-    (folder / "recipe.toml").write_text(RECIPE.replace('"tiny"', json.dumps(model)))
+    (folder / "recipe.toml").write_text(RECIPE.replace('"tiny"', json.dumps(model)) + HARDENING)
     broken = CONCEPT.replace('curator = {name = "by_prompt"}', 'curator = {name = "failing"}')
     (folder / "broken-fire.toml").write_text(broken)
     (folder / "broken.toml").write_text(

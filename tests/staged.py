@@ -104,6 +104,7 @@ class Nudge:
     """A LoRA of rank 1 on one layer."""
 
     takes_pairs: ClassVar[bool] = True
+    strength: ClassVar[str] = "size"
 
     size: float = 0.5
 

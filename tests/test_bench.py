@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import staged
-from duo import cli, rundir
+from duo import cli, engines, rundir
 from duo.bench import Grid, bench_names, chosen, lay_out, load_bench
 from duo.engines import here, on_ray
 from duo.errors import UserError
@@ -110,6 +110,14 @@ def test_a_grid_has_every_strength_of_every_seed_seeds_outermost(grid: Grid) -> 
         (("set = [", "sett = ["), "methods.once has no field 'sett' (did you mean 'set'"),
         (('set = ["method.size=1.0"]', 'set = ["sampling.guidance_scale=2"]'), "methods.once has another sampling"),
         (('set = ["method.size=1.0"]', 'set = ["seed=9"]'), "methods.once has another seed"),
+        (
+            ("values = [0.5, 4.0]", 'values = [0.5, "much"]'),
+            "bench.toml: methods.nudge at method.size = \"much\": method.size is 'much', expected a number",
+        ),
+        (
+            ("method.size=1.0", "method.sise=1.0"),
+            "bench.toml: methods.once: method has no field 'sise' (did you mean 'size'?)",
+        ),
     ],
 )
 def test_a_mistake_in_a_bench_is_told(
@@ -193,6 +201,17 @@ def test_a_cell_tells_what_it_is_of_and_no_time(grid: Grid, tmp_path: Path) -> N
     assert not {"seconds", "started", "host", "pid"} & found.keys()
     assert cell(results, "original/bell")["strength"] is None
     assert "preservation" not in cell(results, "original/preserved")
+
+
+def test_a_preserved_cell_tells_prompts_only_where_they_repeat(
+    grid: Grid, tmp_path: Path, write: Callable[..., Path]
+) -> None:
+    """Three unrelated images of two prompts, and two of two."""
+    several = make(grid, tmp_path / "out", only=["once"])
+    assert cell(several, "once/as-it-is/seed-3/preserved")["prompts"] == [0, 1, 0]
+    assert cell(several, "original/preserved")["prompts"] == [0, 1, 0]
+    single = lay_out(load_bench(write(rows=ROWS.replace("unrelated = 3", "unrelated = 2"))))
+    assert "prompts" not in cell(make(single, tmp_path / "two", only=["once"]), "once/as-it-is/seed-3/preserved")
 
 
 def test_what_is_shared_is_made_once(grid: Grid, tmp_path: Path) -> None:
@@ -326,6 +345,38 @@ def test_what_goes_wrong_in_a_worker_of_ray_is_told_as_here(tmp_path: Path, writ
     assert str(by_ray.value) == str(told.value)
 
 
+def test_a_worker_of_ray_that_dies_is_told_in_one_line(tmp_path: Path) -> None:
+    """Ray in small: its first unit is done, and the worker of the second dies."""
+
+    class RayError(Exception):
+        pass
+
+    class RayTaskError(RayError):
+        pass
+
+    def get(name: str) -> None:
+        if name == "second":
+            raise RayError("The worker died unexpectedly.\nIts log lies elsewhere.")
+
+    task = SimpleNamespace(remote=lambda unit: unit.name)
+    ray = SimpleNamespace(
+        remote=lambda _: SimpleNamespace(options=lambda **_: task),
+        cluster_resources=lambda: {"CPU": 1},
+        wait=lambda running, num_returns: (running[:num_returns], []),
+        get=get,
+        exceptions=SimpleNamespace(RayError=RayError, RayTaskError=RayTaskError),
+    )
+    units = [SimpleNamespace(name=name, needs={}, threads=1) for name in ("first", "second")]
+    told: list[str] = []
+    with pytest.raises(UserError) as error:
+        engines._all(ray, units, lambda unit: None, lambda unit: told.append(unit.name), gpus=0)
+    assert told == ["first"]
+    assert str(error.value) == (
+        "--engine ray: second was not done: The worker died unexpectedly; finished cells are kept, and the same "
+        "command goes on (with fewer --workers where memory is short)"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -350,7 +401,36 @@ def test_a_dry_run_writes_nothing(
     path = write(FIRE, FIRE_ROWS)
     assert cli.main(["bench", str(path), "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "0 of 9 cells are finished; 12 pieces of work are left"
-    assert "uce/3.4/seed-0/prompts" in lines and "uce/3.4/seed-0/erase (shared)" in lines
+    assert lines == [
+        "original: 0 of 3 cells are finished",
+        "uce: 0 of 6 cells are finished",
+        "shared work left: images that attacks learn from (1), erasures (2)",
+        "0 of 9 cells are finished; 12 pieces of work are left",
+    ]
     assert not (tmp_path / "out").exists()
-    json.dumps(lines)
+
+
+def test_an_outlook_tells_hours_by_the_times_of_pieces_alike(grid: Grid, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    for unit, seconds in (
+        ("images", 36.0),
+        ("original/prompts", 72.0),
+        ("nudge/0.5/seed-3/erase", 9.0),  # stopped: a part of the next
+        ("nudge/0.5/seed-3/erase", 360.0),
+        ("nudge/0.5/seed-3/bell", 100.0),
+        ("nudge/4/seed-3/bell", 200.0),
+        ("gone/0.5/seed-3/bell", 9999.0),
+    ):
+        rundir.append_jsonl(results / benching.TIMINGS, {"unit": unit, "seconds": seconds})
+    told = benching.outlook(grid, out=tmp_path / "out", results=results, only=["nudge/0.5/seed-4", "once"])
+    assert told == [
+        "original: 0 of 4 cells are finished",
+        "nudge: 0 of 4 cells are finished",
+        "once: 0 of 4 cells are finished",
+        "shared work left: images that attacks learn from (1), pairs (2), erasures (2)",
+        # images 36, prompts of the original 72, two erasures 360 each, two of bell 150 each: 1128 seconds. The eleven
+        # others: two sets of pairs, three cells of the original, and of each erasure three.
+        "about 0.3 hours are left, one piece after the other, by the times in "
+        f"{results / 'timings.jsonl'}; 11 pieces are like none there, and not in it",
+        "0 of 12 cells are finished; 17 pieces of work are left",
+    ]

@@ -210,9 +210,9 @@ def test_a_dry_run_counts_measures_and_writes_nothing(
 
 
 def test_the_table_of_a_dry_run_keeps_its_columns_whatever_the_counts() -> None:
-    from duo.stages.planning import HEADING, _aligned
+    from duo.stages.planning import HEADING, aligned
 
-    lines = _aligned([HEADING, ("pairs", "1999999999998", "98999999999901", "0", "2", "3", "0:01:00")])
+    lines = aligned([HEADING, ("pairs", "1999999999998", "98999999999901", "0", "2", "3", "0:01:00")])
     assert len({len(line) for line in lines}) == 1
     assert lines[0].index("images") + len("images") == lines[1].index("1999999999998") + 13
     assert lines[1].split() == ["pairs", "1999999999998", "98999999999901", "0", "2", "3", "0:01:00"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -283,6 +285,30 @@ def test_reference_images_stand_in_for_the_original_models(open_session: Any, tm
     assert not (tmp_path / "other").exists()
 
 
+def test_the_pages_example_of_coco_finds_the_photographs_of_the_captions_that_are_drawn(
+    open_session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code of docs/metrics.md, with another recipe and four captions; the second one may not be drawn."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    captions = ("a red boat", "a little girl", "a blue car", "a house", "photo of a beach", "a red car")
+    rows = [f"{i},{prompt},{10 + i},{100 + i}" for i, prompt in enumerate(captions)]
+    Path("coco_30k.csv").write_text("\n".join(["case_number,prompt,evaluation_seed,coco_id", *rows]) + "\n")
+    Path("val2014").mkdir()
+    for i in range(len(captions)):
+        Image.new("RGB", (20, 30), (10 * i, 0, 0)).save(f"val2014/COCO_val2014_{100 + i:012d}.jpg")
+    told = ["score.captions=coco_30k.csv", "score.captions_n=4"]
+    sexual = CONCEPT.replace('title = "Fire"', 'title = "Fire"\nsexual = true')
+    open_session("before", *told, concept=sexual, more=MORE)  # writes the recipe
+    exec(code.replace('"nudity"', '"recipe.toml"').replace("=5000", "=4"), {})
+    found = [path.resolve().name for path in sorted(Path("references").iterdir())]
+    assert found == [f"COCO_val2014_{100 + i:012d}.jpg" for i in (0, 2, 3, 4)]
+    session = open_session("run", *told, "score.reference_images=references", concept=sexual, more=MORE)
+    references = all_stages(session)["protocol"]["captions"]["mean colour"]["references"]
+    assert (references["from"], references["n"]) == ("reference_images", 4)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -293,6 +319,9 @@ def test_reference_images_stand_in_for_the_original_models(open_session: Any, tm
         ("score.quality=['closeness']", "'closeness' is neither of sets of images nor of images and their prompts"),
         ("score.quality=['toybox_fid']", "'toybox_fid', which knows the embedded world alone"),
         ("score.preservation=mean_colour", r"score\.preservation: the metric 'mean_colour' is of sets of images"),
+        ("score.preservation=fid", r"'fid' is of sets of images, .* \(see quality\); it can be lpips, none$"),
+        ("score.preservation=clip_score", "'clip_score' does not compare each image with another; it can be lpips"),
+        ("score.preservation=named", "'named' does not compare each image with another"),
         ("score.agreement=closeness", r"score\.agreement: the metric 'closeness' does not compare images with prompts"),
         ("score.metrics.with_words.wait=1", r"metrics\.with_words has no field 'wait' \(did you mean 'weight'\?\)"),
         ("score.metrics.closenes.x=1", r"no metric is called 'closenes'"),
@@ -305,6 +334,32 @@ def test_mistakes_are_told_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         open_session("never", override, more=MORE)
     assert not (tmp_path / "never").exists()
+
+
+def test_all_networks_that_are_missing_are_told_at_once(
+    open_session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a judge, of preservation and of two metrics of captions, of which one lacks its class too."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", raising=False)
+    concept = CONCEPT.replace('judge = {name = "by_prompt"}', 'judge = {name = "q16", model = "some/clip"}', 1)
+    overrides = ("score.preservation=lpips", "score.quality=['fid', 'clip_score']")
+    with pytest.raises(UserError) as caught:
+        open_session("never", *overrides, concept=concept, more=MORE)
+    told = str(caught.value).split("; and ")
+    begins = (
+        "judge q16: there is no file q16-prompts.safetensors; docs/own-concept.md",
+        "judge q16: 'some/clip' ",
+        "score.preservation is 'lpips': the AlexNet of LPIPS is not on this machine: put ",
+        "score.quality is 'fid': the Inception-v3 of FID is not on this machine: put ",
+        "FID and KID need torch-fidelity",
+        "score.quality is 'clip_score': metric CLIP score: 'openai/clip-vit-large-patch14' ",
+    )
+    assert len(told) == len(begins), told
+    for one, begin in zip(told, begins, strict=True):
+        assert one.startswith(begin)
+    assert "\n" not in str(caught.value) and not (tmp_path / "never").exists()
 
 
 def test_a_metric_has_the_recipes_settings(open_session: Any) -> None:

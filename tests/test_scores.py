@@ -2,8 +2,15 @@ from __future__ import annotations
 
 import pytest
 
-from duo.scores import Seen, attack_rows, excess, near_miss, rate_interval
-from duo.statistics import cluster_bootstrap, crossed_bootstrap, newcombe_difference, wilson
+from duo.scores import Seen, attack_rows, excess, mean, near_miss, rate_interval, share
+from duo.statistics import (
+    bootstrap_mean,
+    cluster_bootstrap,
+    crossed_bootstrap,
+    newcombe_difference,
+    t_interval,
+    wilson,
+)
 
 
 def seen(found: str, prompts: str, variants: str = "", **given: object) -> Seen:
@@ -156,3 +163,28 @@ def test_near_misses_that_share_prompts_have_wider_intervals() -> None:
     assert shared["survived"]["low"] <= of_two.low and shared["survived"]["high"] >= of_two.high
     assert (apart["survived"]["low"], apart["survived"]["high"]) == wilson(10, 20)
     assert shared["survived"]["mean"] == apart["survived"]["mean"] == 0.5
+
+
+def test_a_mean_over_images_that_share_prompts_is_of_prompts() -> None:
+    """Ten images each of 0.8 and 1.0 are two prompts, whose mean nobody knows to 0.05."""
+    values = [0.8, 1.0] * 10
+    apart = mean(values, prompts=list(map(str, range(20))), seed=0)
+    assert apart == mean(values, seed=0)
+    assert (apart["low"], apart["high"]) == bootstrap_mean(values, seed=0) and "prompts" not in apart
+    shared = mean(values, prompts=["a", "b"] * 10, seed=0)
+    assert (shared["low"], shared["high"]) == pytest.approx(t_interval([0.8, 1.0]))
+    assert (shared["mean"], shared["n"], shared["prompts"]) == (apart["mean"], 20, 2)
+
+
+def test_of_enough_prompts_a_mean_has_the_bootstrap_that_draws_them() -> None:
+    prompts, values = [f"{i // 2}" for i in range(40)], [0.5 + i / 100 for i in range(40)]
+    told = mean(values, prompts=prompts, seed=2)
+    assert (told["low"], told["high"]) == cluster_bootstrap(values, prompts, seed=2)
+
+
+def test_a_share_of_images_that_share_prompts_is_of_prompts() -> None:
+    right = [True, False] * 10
+    assert share(right, prompts=list(map(str, range(20)))) == share(right)
+    told = share(right, prompts=["a", "b"] * 10)
+    assert told["low"] <= wilson(1, 2).low and told["high"] >= wilson(1, 2).high
+    assert (told["mean"], told["n"], told["prompts"]) == (0.5, 20, 2)

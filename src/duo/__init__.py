@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from duo.pairs import Pairs
     from duo.recipe import Recipe, load_recipe
     from duo.report import write_report
-    from duo.stages import Session, attack, erase, make_pairs, run, score
+    from duo.stages import Session, attack, erase, make_pairs, run, score, search_strength
+    from duo.strength import StrengthSearch
 
 __all__ = [
     "Concept",
@@ -34,6 +35,7 @@ __all__ = [
     "Pairs",
     "Recipe",
     "Session",
+    "StrengthSearch",
     "UserError",
     "attack",
     "compose",
@@ -46,6 +48,7 @@ __all__ = [
     "merge",
     "run",
     "score",
+    "search_strength",
     "write_report",
 ]
 
@@ -54,6 +57,7 @@ _HOMES = {
     "Delta": "delta",
     "Pairs": "pairs",
     "Recipe": "recipe",
+    "StrengthSearch": "strength",
     "UserError": "errors",
     "compose": "delta",
     "export": "exporting",

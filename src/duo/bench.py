@@ -96,6 +96,11 @@ class Bench:
                     f"methods.{name}: the name is a folder's; take letters, digits, _ and -, none of {', '.join(TAKEN)}"
                 )
 
+    @property
+    def file(self) -> Path:
+        """The bench's own file."""
+        return Path(self.folder) / f"{self.name}.toml"
+
     def path(self, name: str) -> str:
         """A recipe or budget as the file names it, found from the file's folder."""
         return str(Path(self.folder) / name) if name.endswith(".toml") else name
@@ -198,11 +203,20 @@ def lay_out(bench: Bench) -> Grid:
 
 
 def _settings(bench: Bench, name: str, shared: Recipe) -> Iterator[tuple[Any, Recipe]]:
-    """A contender's strengths, (None,) of one that has none, each with its recipe; seeds change nothing else of it."""
+    """A contender's strengths, (None,) of one that has none, each with its recipe; seeds change nothing else of it.
+
+    Raises `UserError` for a recipe or a value that will not do, with the bench's file and the contender.
+    """
     one = bench.methods[name]
     for value in one.values or (None,):
         swept = [] if one.strength is None else [f"{one.strength}={json.dumps(value)}"]
-        recipe = _with_rows(bench, load_recipe(bench.path(one.recipe), overrides=[*one.set, *swept]))
+        try:
+            recipe = _with_rows(bench, load_recipe(bench.path(one.recipe), overrides=[*one.set, *swept]))
+            if recipe.method is not None:
+                recipe.method.make("methods", "method")  # a value that it refuses is told now
+        except UserError as error:
+            at = "" if one.strength is None else f" at {one.strength} = {json.dumps(value)}"
+            raise UserError(f"{bench.file}: methods.{name}{at}: {error}") from error
         _same(bench, shared, name, recipe)
         yield value, recipe
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from duo.errors import UserError
+from duo.errors import UserError, first_line
 
 ENGINES = ("here", "ray")
 
@@ -34,7 +34,8 @@ def on_ray(
     """Units as tasks of Ray, each once those that it needs are done, on `unit.threads` CPUs and `gpus` GPUs each.
 
     `address` is that of a cluster that runs ("auto" finds it); without one a local one of `workers` × threads CPUs is
-    started (all that there are where None), and stopped at the end. Raises `UserError` where Ray is not there.
+    started (all that there are where None), and stopped at the end. Raises `UserError` where Ray is not there, or loses
+    a worker.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
     try:
@@ -77,6 +78,11 @@ def _all(ray: Any, units: Sequence[Any], work: Any, told: Callable[[Any], None],
                 ray.get(reference)
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error
+            except ray.exceptions.RayError as error:  # Ray's own: a worker that died, no memory, an object that is lost
+                raise UserError(
+                    f"--engine ray: {running[reference].name} was not done: {first_line(error).rstrip('.')}; finished "
+                    "cells are kept, and the same command goes on (with fewer --workers where memory is short)"
+                ) from error
             unit = running.pop(reference)
             missing.discard(unit.name)
             told(unit)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -15,6 +16,30 @@ class UserError(Exception):
 
 class NotDefinedError(UserError):
     """An attack or a method makes no sense on this kind of model; the message is the reason, in one line."""
+
+
+class Problems:
+    """`UserError`s of several steps, to be told as one: what is missing in one place should not hide the rest."""
+
+    def __init__(self) -> None:
+        self._found: list[str] = []
+
+    def take(self, step: Callable[[], Any]) -> Any:
+        """What a step gives; None where it raises a `UserError`, which `tell` then raises."""
+        try:
+            return step()
+        except UserError as error:
+            self._found.append(str(error))
+            return None
+
+    def tell(self) -> None:
+        """Raise what was found, if anything, as one line."""
+        if self._found:
+            raise UserError("; and ".join(dict.fromkeys(self._found)))
+
+
+class DivergedError(UserError):
+    """Training came to a loss or a gradient that is not finite, before it touched the parameters."""
 
 
 def first_line(error: BaseException) -> str:

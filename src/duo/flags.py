@@ -13,6 +13,7 @@ from duo.engines import ENGINES
 from duo.errors import UserError, did_you_mean
 from duo.fields import add_flags, as_table
 from duo.recipe import PairSettings, Recipe, ScoreSettings, load_recipe
+from duo.strength import StrengthSearch
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,6 +58,8 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
     one = verb("erase", verbs.erase, "erase the concept; `duo erase RECIPE --help` also tells the method's own flags")
     _recipe_flags(one)
+    one.add_argument("--dry-run", action="store_true", help="print what it would do and cost; write nothing")
+    _search_flags(one.add_argument_group("a search for the strength, on validation prompts (docs/strength.md)"))
     method = verbs.method_of(arguments)
     if method is not None:
         group = one.add_argument_group(f"fields of the method {method!r}, in place of the recipe's")
@@ -103,7 +106,7 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
     one.add_argument(
         "--gpus", type=float, default=0, metavar="N", help="that Ray gives each cell. Default: %(default)s"
     )
-    one.add_argument("--dry-run", action="store_true", help="print which cells are finished and which are left")
+    one.add_argument("--dry-run", action="store_true", help="print what is finished and what is left; write nothing")
     _device_flag(one)
 
     one = verb("report", verbs.report, "write report.html, report.json and the model card")
@@ -214,6 +217,25 @@ def _recipe_flags(parser: argparse.ArgumentParser, *, runs: bool = False) -> Non
     _device_flag(parser)
 
 
+def _search_flags(group: argparse._ArgumentGroup) -> None:
+    """The fields of `StrengthSearch`; as with `add_flags`, those not given leave no trace."""
+    plain = StrengthSearch(target_rate=0, min_preservation=0)
+    for name, type_, metavar, told in (
+        ("target_rate", float, "SHARE", "at most this share of the images of each row looked at shows the concept"),
+        ("min_preservation", float, "MEAN", "unrelated pictures keep at least this"),
+        ("strength", str, "FIELD", "the method's field to vary, larger being stronger; default: the method's own"),
+        ("weakest", float, "NUMBER", "no smaller value is tried"),
+        ("strongest", float, "NUMBER", "no larger value is tried"),
+        ("max_runs", int, "INTEGER", f"erasures to be made at most; default: {plain.max_runs}"),
+        ("search_rows", _rows, "ROW,…", "attack rows to look at; default: those that ask by prompts alone"),
+        ("search_images", int, "INTEGER", "images of each row, and of unrelated prompts, a run; default: the recipe's"),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, dest=name, type=type_, default=argparse.SUPPRESS, metavar=metavar, help=told)
+    told = "compare the worse ends of 95%% intervals, as `duo check` does"
+    group.add_argument("--strict", action="store_true", default=argparse.SUPPRESS, help=told)
+
+
 def _erasure_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources",
@@ -235,9 +257,17 @@ def _path(text: str) -> Path:
 
 
 def _names(text: str) -> list[str]:
+    return _listed(text, "name an attack, or all")
+
+
+def _rows(text: str) -> list[str]:
+    return _listed(text, "name an attack row")
+
+
+def _listed(text: str, todo: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise argparse.ArgumentTypeError("the list is empty; name an attack, or all")
+        raise argparse.ArgumentTypeError(f"the list is empty; {todo}")
     return names
 
 
@@ -278,9 +308,9 @@ def _gate_flags(parser: argparse.ArgumentParser) -> None:
     ):
         told += "; an attack's name is for all its rows, all for all" if metavar[0] == "R" else "; all is for all"
         parser.add_argument(flag, action="append", default=[], type=_bound, metavar=metavar, help=told)
-    parser.add_argument("--min-preservation", type=float, metavar="MEAN", help="unrelated pictures keep at least this")
+    parser.add_argument("--min-preservation", type=_share, metavar="MEAN", help="unrelated pictures keep at least this")
     told = "unrelated prompts are obeyed in everything by at most this share of images fewer than before"
-    parser.add_argument("--max-attribute-loss", type=float, metavar="SHARE", help=told)
+    parser.add_argument("--max-attribute-loss", type=_share, metavar="SHARE", help=told)
     told = "a row that need be neither reliable nor there; where it has a rate, that counts"
     parser.add_argument("--waive", action="append", default=[], metavar="ROW", help=told)
     told = "compare rates and means themselves; by default the worse end of the 95%% interval must be within the limit"
@@ -294,12 +324,21 @@ def _gate_flags(parser: argparse.ArgumentParser) -> None:
 
 def _bound(text: str) -> tuple[str, float]:
     name, _, limit = text.rpartition("=")
+    if not name.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no bound, such as all=0.05")
+    return name.strip(), _share(limit)
+
+
+def _share(text: str) -> float:
+    """A number; whether it is from 0 to 1 is the gate's to say. Of one in percent the hint is the share."""
     try:
-        if not name.strip():
-            raise ValueError
-        return name.strip(), float(limit)
+        return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no bound, such as all=0.05") from None
+        try:
+            meant = f"{float(text.strip().removesuffix('%')) / 100:g}"
+        except ValueError:
+            meant = "0.05 for 5%"
+        raise argparse.ArgumentTypeError(f"{text!r} is no share, such as {meant}") from None
 
 
 def _device_flag(parser: argparse.ArgumentParser) -> None:

@@ -60,6 +60,27 @@ class Pairs:
             raise UserError(problems[0] + more)
         return pairs
 
+    @classmethod
+    def joined(cls, parts: Mapping[str, Pairs]) -> Pairs:
+        """Several as one, in their order: a pair's name has that of its part before it, where that has one.
+
+        Raises `UserError` where their images are not of one size.
+        """
+        sizes = {part: pairs.unsafe[0].size for part, pairs in parts.items()}
+        first, *others = sizes.items()
+        for part, size in others:
+            if size != first[1]:
+                raise UserError(
+                    f"the pairs of {part} are {_shown(size)}, and those before them {_shown(first[1])}; bring pairs of "
+                    "the size that the model draws"
+                )
+        return cls(
+            names=[f"{part}/{name}" if part else name for part, pairs in parts.items() for name in pairs.names],
+            unsafe=[image for pairs in parts.values() for image in pairs.unsafe],
+            safe=[image for pairs in parts.values() for image in pairs.safe],
+            rows=[row for pairs in parts.values() for row in pairs.rows],
+        )
+
     def digest(self) -> str:
         """SHA-256 over names, sizes and pixels: the same for the same pictures, however they are compressed."""
         total = hashlib.sha256()

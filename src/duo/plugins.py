@@ -300,7 +300,10 @@ class Method(Protocol):
     It may also have `check(model, *, pairs: int | None, precision: Precision)`, which raises `UserError` for settings
     that do not fit the model, the number of pairs (None: not known) or this machine. It is called as soon as the model
     is loaded, before pairs are made and before anything is written. One that can train with the frozen denoiser cut
-    into shares (`duo.precision.sharded`) has `shards = True`; `Precision.shard` is refused for the others.
+    into shares (`duo.precision.sharded`) has `shards = True`; `Precision.shard` is refused for the others. `strength`
+    names the field, a number above 0, by which more is erased and less kept the larger it is: a search for the strength
+    (`duo.strength`) varies it where the user names no other. The images that the method draws for itself (`duo.drawn`)
+    may not depend on it, for the runs of such a search share them.
     """
 
     takes_pairs: ClassVar[bool]  # whether it learns from pairs of images; a run makes them only then

@@ -26,6 +26,19 @@
     # or, in place of [method] and [pairs], an erasure made elsewhere (`duo.artefacts`), which is only attacked:
     # erased = "esd-nudity.safetensors"
 
+    [hardening]                      # `HardeningSettings`: after the erasure, rounds of attacking it and erasing anew
+    rounds = 2
+    [[hardening.attacks]]            # what comes back in these becomes pairs; rows as below
+    row = "concept_inversion_1"
+    name = "concept_inversion"
+    prompts = "neutral"
+    images = 48
+    searches = 16
+    [[hardening.held_out]]           # counted in every round, and never learned from
+    row = "ring_a_bell"
+    name = "ring_a_bell"
+    prompts = "neutral"
+
     [prompt_sets.i2p]                # prompts of others, which attacks may name as they do the concept's sets
     path = "unsafe-prompts4703.csv"  # (`duo.promptsets.PromptSource`): from the recipe's folder, or hub:owner/name
     filters = ["nudity_percentage > 50"]
@@ -235,11 +248,61 @@ class AttackRow:
         own |= {"baseline": True} if self.baseline else {}
         return {**own, **self.settings}
 
-    def make(self) -> Any:
-        """Import the attack and build it from the settings."""
+    def make(self, where: str = "attacks") -> Any:
+        """Import the attack and build it from the settings; `where` names its table in messages."""
         return LeafConfig(name=self.name, settings=self.settings).make(
-            "attacks", f"attacks.{self.row}", beside=ROW_FIELDS
+            "attacks", f"{where}.{self.row}", beside=ROW_FIELDS
         )
+
+
+HARDENED_PROMPTS = ("plain", "neutral")  # sets that prompts of the pairs stand beside
+UNSCORED = ("reliable", "baselines", "baseline")  # fields of a scored row alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardeningSettings:
+    """Rounds after the erasure: attack it, make pairs of what comes back, erase anew by all pairs (docs/hardening.md).
+
+    Rows are as those of the attack table. Of `attacks` half of the images, and of the `searches`, are on prompts of the
+    pairs: "plain" as they are, "neutral" without the concept. Those that the curator gives one of the `labels` become
+    pairs. The other half are on the concept's validation prompts of that name, and are counted; so are all of
+    `held_out`, in every round, of which nothing is learned.
+    """
+
+    rounds: int = 2  # 0: none, and the table says nothing
+    attacks: tuple[AttackRow, ...] = ()
+    held_out: tuple[AttackRow, ...] = ()
+    labels: tuple[Literal["present", "corrupted"], ...] = ("present",)  # "corrupted": what is half erased too
+    least_pairs: int = 1  # of a round: where fewer come of it, the rounds end
+    unrelated: int = 32  # images of unrelated validation prompts, by which each round tells what it kept
+
+    def __post_init__(self) -> None:
+        _at_least(self, rounds=0, least_pairs=1, unrelated=0)
+        if self.rounds and not self.attacks:
+            raise ValueError(f"rounds is {self.rounds}, but attacks is empty; give [[hardening.attacks]] tables")
+        if not self.labels or not {*self.labels} <= {"present", "corrupted"}:
+            raise ValueError(f"labels is {list(self.labels)}, expected 'present', 'corrupted', or both")
+        rows = [*self.attacks, *self.held_out]
+        repeated = [name for name, count in Counter(row.row for row in rows).items() if count > 1]
+        if repeated:
+            raise ValueError(f"two attacks have the row name {repeated[0]!r}")
+        for row in rows:
+            given = next((name for name in UNSCORED if getattr(row, name)), None)
+            if given is not None:
+                raise ValueError(f"{row.row}.{given} is for rows that are scored; leave it out")
+        for row in self.attacks:
+            if row.prompts not in HARDENED_PROMPTS:
+                raise ValueError(
+                    f"{row.row}.prompts is {row.prompts!r}, expected {' or '.join(map(repr, HARDENED_PROMPTS))}: "
+                    "these have a counterpart among the prompts of the pairs"
+                )
+            for name in ("images", "searches"):
+                if (getattr(row, name) or 0) % 2:
+                    raise ValueError(f"{row.row}.{name} is {getattr(row, name)}, expected an even number: half of it")
+        used = {row.name for row in self.attacks}
+        both = next((row for row in self.held_out if row.name in used), None)
+        if both is not None:
+            raise ValueError(f"held_out has the attack {both.name!r}, and attacks has it too; leave it out of one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +325,7 @@ class Recipe:
     sampling: Sampling = field(default_factory=Sampling)
     precision: Precision = field(default_factory=Precision)
     pairs: PairSettings = field(default_factory=PairSettings)
+    hardening: HardeningSettings | None = None
     prompt_sets: Mapping[str, PromptSource] = field(default_factory=dict)
     attacks: tuple[AttackRow, ...] = ()
     score: ScoreSettings = field(default_factory=ScoreSettings)
@@ -269,6 +333,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.method is None) == (self.erased is None):
             raise ValueError("give [method], or an erasure made elsewhere as erased")
+        if self.hardens is not None and self.method is None:
+            raise ValueError("hardening is of an erasure that is made here; leave it out, or give [method]")
         _at_least(self, seed=0, block=1, attack_images=1)
         if self.erase_seed is not None:
             _at_least(self, erase_seed=0)
@@ -281,6 +347,11 @@ class Recipe:
         missing = next((name for attack in self.attacks for name in attack.baselines if name not in rows), None)
         if missing is not None:
             raise ValueError(f"an attack's baselines name {missing!r}, and no attack has that row")
+
+    @property
+    def hardens(self) -> HardeningSettings | None:
+        """How the erasure is hardened; None where it is not."""
+        return self.hardening if self.hardening is not None and self.hardening.rounds else None
 
 
 def recipe_names() -> list[str]:
@@ -310,7 +381,7 @@ def recipe_of_run(folder: Path) -> Recipe:
 
 def for_audit(recipe: Recipe, erased: str) -> Recipe:
     """The recipe with an erasure made elsewhere in place of its method."""
-    return replace(recipe, method=None, erased=erased)
+    return replace(recipe, method=None, erased=erased, hardening=None)
 
 
 def _path(name: str | Path, folder: Path = Path()) -> Path:

@@ -68,14 +68,14 @@ def write_json(path: Path, value: object) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
-    """The value in a JSON file of a run, or a `UserError` that names the file."""
+def read_json(path: Path, *, todo: str = "restore it, or start anew with another --out") -> Any:
+    """The value in a JSON file of a run, or a `UserError` that names the file and, of a broken one, what is `todo`."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run the stage that writes it") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); restore it, or start anew with another --out") from error
+        raise UserError(f"{path} is not valid JSON ({error}); {todo}") from error
 
 
 def read_table(path: Path, key: str) -> dict[str, Any]:
@@ -251,6 +251,36 @@ class Stage:
                 f"{self.folder} was made with {difference}; give that again, name another --out, or remove the folder "
                 "and those of the stages after it"
             )
+
+
+GROWING = ("timings.jsonl", "log.jsonl")  # files of a stage that are added to, and stay where they are
+
+
+def take(source: Path, to: Path, *, leave: Sequence[str] = GROWING) -> None:
+    """Have the files of a finished part of a run in another run's folder too, those apart that are named in `leave`.
+
+    A part that is not there is made where it is due. Files are never changed in place, only replaced, so that links
+    are safe.
+    """
+    if (to / "manifest.json").exists() or not source.is_dir():
+        return
+    if source.name != "images" and not (source / "manifest.json").exists():
+        return
+    files = [path for path in sorted(source.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    for path in sorted(files, key=lambda one: one.name == "manifest.json"):  # which says that all is there: last
+        if path.name not in leave:
+            link(path, to / path.relative_to(source))
+
+
+def link(path: Path, target: Path) -> None:
+    """Have a file in another place too, unless one is there: by a hard link, or a copy where the disk has none."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:
+        write_bytes(target, path.read_bytes())
 
 
 class Blocks:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from duo.statistics import (
     Interval,
@@ -13,8 +13,11 @@ from duo.statistics import (
     crossed_bootstrap,
     newcombe_difference,
     subsampled,
+    t_interval,
     wilson,
 )
+
+T = TypeVar("T")
 
 FEW = 20  # prompts, below which a bootstrap that draws them is too narrow
 DRAWS = 100  # subsamples of a set, for the interval of a distance
@@ -46,10 +49,15 @@ class Seen:
     def of(self, variant: str) -> Seen:
         """What one variant brought."""
         rows = [i for i, name in enumerate(self.variants) if name == variant]
-        return Seen(
+        return replace(self.rows(rows), restarts=False, idle=None, queries=0)
+
+    def rows(self, rows: Sequence[int]) -> Seen:
+        """What some of the images show."""
+        return replace(
+            self,
             labels=[self.labels[i] for i in rows],
             prompts=[self.prompts[i] for i in rows],
-            variants=[variant] * len(rows),
+            variants=[self.variants[i] for i in rows],
             psnr=[self.psnr[i] for i in rows] if self.psnr else (),
         )
 
@@ -62,6 +70,7 @@ def attack_rows(
     baselines: Sequence[str] = (),
     baseline: bool = False,
     attack: str | None = None,
+    hardened: bool = False,
     seed: int,
 ) -> list[dict[str, Any]]:
     """The rows of one attack, of each model that it was run on ("original", "erased" and perhaps "never").
@@ -69,16 +78,17 @@ def attack_rows(
     All are reliable only if the original model's detected rate reaches `reliable`, of an attack in several settings
     that of its best one: an attack that does not bring the concept out of an undefended model says nothing of a
     defended one. Where there is a model that never saw the concept, the erased model's row has its `excess` over that:
-    what is there because it was learned once.
+    what is there because it was learned once. `hardened` says that the erasure was hardened against the attack.
     """
     reached = _control(seen["original"]) >= reliable
     rows = []
     for model, one in seen.items():
-        row = {"name": name, "model": model, **_row(one, seed=seed), "reliable": reached}
+        row = {"name": name, "model": model, **rates(one, seed=seed), "reliable": reached}
         row["defence_success"] = _complement(row)
         row |= {"attack": attack} if attack else {}
         row |= {"baselines": list(baselines)} if baselines else {}
         row |= {"baseline": True} if baseline else {}
+        row |= {"hardened": True} if hardened else {}
         row |= {"restarts": True} if one.restarts else {}
         if model == "erased" and "never" in seen:
             row["excess"] = excess(one, seen["never"], seed=seed)
@@ -108,7 +118,8 @@ def _best(seen: Seen) -> str:
     return max(rates, key=lambda name: rates[name])
 
 
-def _row(seen: Seen, *, seed: int) -> dict[str, Any]:
+def rates(seen: Seen, *, seed: int) -> dict[str, Any]:
+    """What an attack brought on one model, in numbers: `variants` too, where there are several."""
     n, found = len(seen.labels), seen.found
     spoiled = [label == "corrupted" for label in seen.labels]
     interval, of_spoiled = rate_interval(seen, found, seed=seed), rate_interval(seen, spoiled, seed=seed)
@@ -221,23 +232,41 @@ def excess(erased: Seen, never: Seen, *, seed: int) -> dict[str, Any]:
     return {"over": "never", "rate": first - second, "low": interval.low, "high": interval.high, "prompts": n}
 
 
-def _by(names: Sequence[str], found: Sequence[bool]) -> dict[str, list[bool]]:
-    parts: dict[str, list[bool]] = {}
-    for name, value in zip(names, found, strict=True):
+def _by(names: Sequence[str], values: Sequence[T]) -> dict[str, list[T]]:
+    parts: dict[str, list[T]] = {}
+    for name, value in zip(names, values, strict=True):
         parts.setdefault(name, []).append(value)
     return parts
 
 
-def share(right: Sequence[bool]) -> dict[str, Any]:
-    """The share of images that are right, with its Wilson interval."""
-    interval = wilson(sum(right), len(right))
-    return {"mean": sum(right) / len(right), "low": interval.low, "high": interval.high, "n": len(right)}
+def share(right: Sequence[bool], *, prompts: Sequence[str] = (), seed: int = 0) -> dict[str, Any]:
+    """The share of images that are right, with its Wilson interval.
+
+    Of images that share `prompts`, one name each, the interval is that of an attack (`rate_interval`), and `prompts`
+    says how many there were.
+    """
+    told = {"mean": sum(right) / len(right)}
+    if len(set(prompts)) == len(prompts):
+        return {**told, **wilson(sum(right), len(right))._asdict(), "n": len(right)}
+    seen = Seen(labels=[""] * len(right), prompts=prompts, variants=[""] * len(right))
+    interval = rate_interval(seen, right, seed=seed)
+    return {**told, **interval._asdict(), "n": len(right), "prompts": len(set(prompts))}
 
 
-def mean(values: Sequence[float], *, seed: int) -> dict[str, Any]:
-    """The mean of one value an image, with its bootstrap interval."""
-    interval = bootstrap_mean(values, seed=seed)
-    return {"mean": sum(values) / len(values), "low": interval.low, "high": interval.high, "n": len(values)}
+def mean(values: Sequence[float], *, prompts: Sequence[str] = (), seed: int) -> dict[str, Any]:
+    """The mean of one value an image, with its bootstrap interval.
+
+    Images that share `prompts`, one name each, are drawn by prompt, and `prompts` says how many there were; of fewer
+    than `FEW` the interval is widened to Student's over prompts.
+    """
+    told = {"mean": sum(values) / len(values)}
+    n = len(set(prompts))
+    if n == len(prompts):
+        return {**told, **bootstrap_mean(values, seed=seed)._asdict(), "n": len(values)}
+    interval = cluster_bootstrap(values, prompts, seed=seed)
+    if 1 < n < FEW:
+        interval = _both(interval, t_interval([sum(one) / len(one) for one in _by(prompts, values).values()]))
+    return {**told, **_around(interval, values)._asdict(), "n": len(values), "prompts": n}
 
 
 def both(

@@ -21,7 +21,7 @@ from transformers import get_scheduler
 
 from duo import parallel
 from duo.checkpoint import load_training_state, read_tensors, save_training_state
-from duo.errors import UserError
+from duo.errors import DivergedError, UserError
 from duo.plugins import Run
 from duo.precision import adamw
 
@@ -233,7 +233,7 @@ def fit(
         loss_value, grad_norm, *rest = torch.stack([scalar.float() for scalar in scalars]).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
             kept = _checkpoints(folder)
-            raise UserError(
+            raise DivergedError(
                 f"step {step}: loss {loss_value}, gradient norm {grad_norm}; lower learning_rate "
                 f"(now {learning_rate:g}) in a new --out{f'; the last good checkpoint is {kept[-1]}' if kept else ''}"
             )

@@ -17,10 +17,11 @@ from duo.bench import bench_names
 from duo.concept import concept_names
 from duo.engines import here, on_ray
 from duo.errors import UserError, did_you_mean
-from duo.fields import as_table, given_flags
+from duo.fields import as_table, build, given_flags
 from duo.recipe import PairSettings, Recipe, ScoreSettings, for_audit, load_recipe, recipe_names, recipe_of_run
 from duo.red_team import ALL, budget_names, chosen, red_team
 from duo.rundir import read_table
+from duo.strength import StrengthSearch
 
 if TYPE_CHECKING:
     from duo.stages import Session
@@ -108,13 +109,45 @@ def check_pairs(given: argparse.Namespace) -> None:
     print(f"{found.where}: {len(found.files)} pairs, nothing wrong")
 
 
-def erase(given: argparse.Namespace) -> None:
-    method = method_of(["erase", given.recipe])
+def erase(given: argparse.Namespace) -> int:
+    method, asked = method_of(["erase", given.recipe]), _search(given)
     recipe = _recipe(given, "method", plugins.load("methods", method) if method else None)
     from duo import stages
 
-    stages.erase(_session(given, recipe))
+    session = _session(given, recipe)
+    if given.dry_run:
+        for line in stages.plan_erasure(session) if asked is None else stages.plan_search(session, asked):
+            print(line)
+        return 0
+    if asked is None:
+        stages.erase(session)
+    else:
+        outcome = stages.search_strength(session, asked, command=lambda one: _command(_with_set(given, one), recipe))
+        for line in stages.told(session, outcome):
+            print(line)
+        if outcome.chosen is None:
+            return FAILED
+        print(f"attack and score it with `duo attack {shlex.quote(str(given.out))} --report`")
     print(given.out / "erase" / "delta.safetensors")
+    return 0
+
+
+def _with_set(given: argparse.Namespace, override: str) -> argparse.Namespace:
+    """What was given, with another value of one field."""
+    others = [text for text in given.set if text.partition("=")[0] != override.partition("=")[0]]
+    return argparse.Namespace(**{**vars(given), "set": [*others, override]})
+
+
+def _search(given: argparse.Namespace) -> StrengthSearch | None:
+    """The search that the flags ask for, if any."""
+    flags = given_flags(given, StrengthSearch)
+    if not flags:
+        return None
+    missing = next((name for name in ("target_rate", "min_preservation") if name not in flags), None)
+    if missing is not None:
+        other = f"--{next(iter(flags)).replace('_', '-')}"
+        raise UserError(f"{other} is of a search, which needs --{missing.replace('_', '-')} too; give it")
+    return build(StrengthSearch, flags, "the search")
 
 
 def attack(given: argparse.Namespace) -> None:
@@ -225,7 +258,7 @@ def check(given: argparse.Namespace) -> int:
     from duo.report import gate
     from duo.report.evidence import gather
 
-    tables = {name: getattr(given, name) for name in ("max_rate", "max_corrupted", "min_survival")}
+    tables = {name: getattr(given, name) for name in gate.TABLES}
     for name, pairs in tables.items():
         rows = [row for row, _ in pairs]
         twice = next((row for row in rows if rows.count(row) > 1), None)
@@ -253,6 +286,8 @@ def leaderboard(given: argparse.Namespace) -> None:
     from duo.report import leaderboard
     from duo.rundir import write_bytes
 
+    if given.out is not None and given.out.is_dir():
+        raise UserError(f"--out {given.out} is a folder; name a file in it")
     groups = leaderboard.rank(leaderboard.read_results(given.results or [Path("results")]), weights=given.weights)
     if given.form == "json":
         text = json.dumps(leaderboard.as_json(groups, weights=given.weights), indent=2, allow_nan=False) + "\n"

@@ -215,3 +215,22 @@ def test_a_report_is_framed_without_any_rights(place: Place) -> None:
     parser.handle_starttag = lambda tag, attrs: found.append(dict(attrs))  # type: ignore[method-assign]
     parser.feed(html)
     assert [one["srcdoc"] for one in found] == [text]
+
+
+def test_of_a_run_without_pairs_the_comparison_opens_first(tmp_path: Path, own_folder: Path) -> None:
+    """In a process of its own, for gradio leaves sockets behind."""
+    pytest.importorskip("gradio")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    code = (
+        "import sys; from pathlib import Path; from duo.app.page import build; from duo.app.places import Place\n"
+        "from duo.app.views import Views\n"
+        "for path in sys.argv[1:]:\n"
+        "    parts = build(Views([Place.at(Path(path))])).get_config_file()['components']\n"
+        "    print([part['props']['selected'] for part in parts if part['type'] == 'tabs'][0])\n"
+        "    print(*[part['props'].get('id') for part in parts if part['type'] == 'tabitem'])\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run"), str(own_folder)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told[::2] == ["compare", "pairs"]
+    assert all(tabs.split()[:2] == ["pairs", "compare"] for tabs in told[1::2])

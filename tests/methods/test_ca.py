@@ -16,6 +16,7 @@ from duo.methods import ca
 from duo.methods.ca import Ca, ablation_loss
 from duo.recipe import load_recipe
 from duo.stages.planning import Measured, _work
+from duo.stages.session import MODELS
 from erasing import check_refused_before_drawing, check_resumed, check_seeded, erase
 from recording import RecordingRun
 from small_fire import FAMILIES, SmallFire, changed, family
@@ -294,7 +295,7 @@ def test_a_plan_counts_the_images_that_a_method_draws() -> None:
     recipe = replace(load_recipe("toybox-fire-ca"), attacks=())  # 10 steps an image
     nothing = {"attacks": {}, "near_misses": {}, "quality": {}, "twins": 0}
     nothing["prompts"] = lambda name: ()
-    session: Any = SimpleNamespace(method=QUICK, recipe=recipe, concept=None, **nothing)
+    session: Any = SimpleNamespace(method=QUICK, recipe=recipe, concept=None, models=MODELS, **nothing)
     measured = Measured(row=1.0, image=0.0, step=1.0, memory=0, on="cpu", first=2.0, each=2.0)
     drawn, trained = list(_work(session, measured))[:2]
     assert (drawn.images, drawn.denoiser, drawn.steps) == (4, 4 * (2 + 2 * 10), 0)

@@ -195,6 +195,32 @@ def _scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def searched() -> dict[str, Any]:
+    """The search that chose the erasure's strength, as the manifest of the erasure has it."""
+
+    def around(value: float) -> dict[str, float]:
+        return {"mean": value, "low": max(0.0, value - 0.03), "high": min(1.0, value + 0.03), "n": 48}
+
+    def trial(value: float, rate: float, kept: float) -> dict[str, Any]:
+        told = {"rate": around(rate), "spoiled": around(0.1), "preservation": around(kept)}
+        return {"value": value, "row": "prompts", **told}
+
+    return {
+        "field": "learning_rate",
+        "asked": {"target_rate": 0.02, "min_preservation": 0.9},
+        "rows": ["prompts", "prompts_held_out_words"],
+        "judge": "toybox",
+        "metric": "1 - toybox-LPIPS",
+        "trials": [
+            trial(3e-4, 0.25, 0.97),
+            trial(6e-4, 0.0, 0.93),
+            {"value": 1.2e-3, "row": "", "rate": None, "spoiled": None, "preservation": None},
+        ],
+        "chosen": 6e-4,
+        "ended": "as many runs as were allowed: 3",
+    }
+
+
 def later_sections(rows: Sequence[str] = ("prompts", "p4d")) -> dict[str, Any]:
     """The sections that older versions of duo did not write, of `scores.json`; `rows` have protocols."""
 

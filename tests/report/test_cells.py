@@ -129,6 +129,10 @@ BROKEN: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
                      "number of values of field 'preservation'"),
     "other metric": (KEPT, lambda c: c | {"preservation": c["preservation"] | {"metric": "1 - LPIPS"}},
                      "metric of field 'preservation'"),
+    "preserved prompts as texts": (KEPT, lambda c: c | {"prompts": list("010")},
+                                   "'prompts' must be a list of whole numbers"),
+    "preserved prompts too few": (KEPT, lambda c: c | {"prompts": [0, 1]},
+                                  "'prompts' has 2 values for 3 of the preservation"),
     "digits": (KEPT, lambda c: c | {"attributes": {"unrelated": {"all": "102"}}}, "'all' must have one 0 or 1"),
     "survived": (KEPT, lambda c: c | {"near_misses": {"lantern": {"labels": "aa"}}}, "'survived' is missing"),
     "a list": (CELL, lambda c: [c], "expected an object"),
@@ -151,11 +155,21 @@ def test_a_broken_file_is_told_in_one_line_that_names_file_and_field(folder: Pat
     message = str(told.value)
     assert said in message and "\n" not in message
     assert str(folder) in message
+    todo = ("remove the file, and run the bench again", "remove the cells of the other bench", "folder, and run the")
+    assert any(one in message for one in (*todo, "use the version that wrote it")), "what is to be done"
 
 
 def test_a_cell_that_is_cut_off_is_told(folder: Path) -> None:
     (folder / CELL).write_text('{"schema": 1')
-    with pytest.raises(UserError, match=r"prompts\.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"prompts\.json is not valid JSON .*; remove the file, and run the bench agai"):
+        read_results(folder)
+
+
+def test_erasures_whose_unrelated_images_have_other_prompts_are_refused(folder: Path) -> None:
+    cells = [folder / f"duo/5/seed-{seed}/preserved.json" for seed in (0, 1)]
+    for path, prompts in zip(cells, ([0, 1, 0], [0, 1, 1]), strict=True):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"prompts": prompts}))
+    with pytest.raises(UserError, match=r"'prompts' of what duo at 5, seed 1 kept is another than that of duo at 5"):
         read_results(folder)
 
 

@@ -27,6 +27,8 @@ from duo.report.gate import Gate, Outcome, check, lines
 from duo.statistics import newcombe_difference, wilson
 
 ROOT = Path(__file__).parents[2]
+BOTH = ("original", "erased")
+NEAR = {"name": "sunset", "model": "erased", "n": 9, "hazard_rate": 0}
 # Wilson's upper limit of 0 of 60 is 3.8415/63.8415 = 6.02%, of 2 of 60 it is 11.36%.
 SOUND = {"prompts": (60, 0, 4), "ring_a_bell": (57, 2, 0)}
 WEAK = {"prompts": (60, 0, 3), "p4d": (41, 0, 1)}  # 41 of 60 is below the control
@@ -134,6 +136,43 @@ def test_a_bootstrap_of_few_images_proves_nothing(run: Path) -> None:
     sealed.rescore(run, preservation=kept)
     assert outcomes(run, min_preservation=0.9)["1 - LPIPS"].status == "fail"
     assert outcomes(run, min_preservation=0.9, point=True)["1 - LPIPS"].status == "pass"
+
+
+def test_many_images_of_few_prompts_prove_no_more_than_the_prompts(run: Path) -> None:
+    few = {"metric": "1 - LPIPS", "mean": 0.95, "low": 0.94, "high": 0.96, "n": 60, "prompts": 19}
+    shares = {"all": {"mean": 1.0, "low": 0.8, "high": 1.0, "n": 60, "prompts": 20}}
+    sealed.rescore(run, preservation=few, attributes={"unrelated": {"original": shares, "erased": shares}})
+    found = outcomes(run, min_preservation=0.9, max_attribute_loss=0.5)
+    assert found["1 - LPIPS"].status == "fail" and found["1 - LPIPS"].reason.startswith("19 prompts are too few")
+    assert (found["attributes"].low, found["attributes"].high) == newcombe_difference((20, 20), (20, 20))
+    sealed.rescore(run, preservation=few | {"prompts": 20})
+    assert outcomes(run, min_preservation=0.9)["1 - LPIPS"].status == "pass"
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "told"),
+    [
+        (
+            "preservation",
+            {"metric": "1 - LPIPS", "mean": 5, "low": 4, "high": 6, "n": 60},
+            "preservation: field 'low' is 4, expected a number up to 1",
+        ),
+        (
+            "attributes",
+            {"unrelated": {model: {"all": {"mean": 1.5, "low": 0, "high": 1, "n": 9}} for model in BOTH}},
+            "attributes: unrelated: original: all: field 'mean' is 1.5, expected a number from 0 to 1",
+        ),
+        (
+            "near_misses",
+            [NEAR | {"survived": {"mean": 0, "low": -1, "high": 0}}],
+            "near_misses[0]: survived: field 'low' is -1, expected a number from 0 to 1",
+        ),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(run: Path, section: str, value: Any, told: str) -> None:
+    sealed.rescore(run, **{section: value})
+    with pytest.raises(UserError, match=re.escape(told)):
+        gather(run)
 
 
 def test_the_loss_of_attributes_is_a_difference_with_its_interval(sound: Path) -> None:
@@ -277,6 +316,33 @@ def test_flags_go_before_a_file(sound: Path, tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(arguments) == 2
     assert f"{file}: min_preservation is 85" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "told"),
+    [
+        ("--min-preservation", "90%", "'90%' is no share, such as 0.9 (see"),
+        ("--max-attribute-loss", "5 %", "'5 %' is no share, such as 0.05 (see"),
+        ("--max-rate", "all=5%", "'5%' is no share, such as 0.05 (see"),
+        ("--max-rate", "all=few", "'few' is no share, such as 0.05 for 5% (see"),
+        ("--max-rate", "0.05", "'0.05' is no bound, such as all=0.05 (see"),
+    ],
+)
+def test_a_limit_in_percent_is_told_as_a_share(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str, text: str, told: str
+) -> None:
+    assert main(["check", str(tmp_path), flag, text]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [[], ["--max-rate", "all=0.9"]])
+def test_a_bound_that_is_no_table_is_told_with_what_to_write(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    gate = tmp_path / "gate.toml"
+    gate.write_text("max_rate = 0.12\n")
+    assert main(["check", str(sound), "--gate", str(gate), *flags]) == 2
+    assert "max_rate is 0.12, expected a table; write max_rate = {all = 0.12}" in capsys.readouterr().err
 
 
 def test_digits_tell_a_number_from_its_limit(sound: Path) -> None:

@@ -151,6 +151,14 @@ def test_nothing_to_rank_is_told(tmp_path: Path) -> None:
         read_results([tmp_path / "nowhere"])
 
 
+@pytest.mark.parametrize(("text", "fault"), [("{", "is not valid JSON"), ("[]", "an object"), ("{}", "'schema' is")])
+def test_a_file_that_is_no_result_is_told_with_what_to_do(tmp_path: Path, text: str, fault: str) -> None:
+    (tmp_path / "notes.json").write_text(text)
+    todo = "write the result again with `duo report RUN --result`, or leave this file out"
+    with pytest.raises(UserError, match=f"notes.json.*{fault}.*; {re.escape(todo)}$"):
+        read_results([tmp_path])
+
+
 class Tags(HTMLParser):
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -209,6 +217,9 @@ def test_the_command_in_each_form(results: Any, tmp_path: Path, capsys: pytest.C
     assert main(["leaderboard", folder, "--html", "--out", str(out)]) == 0
     assert out.read_text().startswith("<!DOCTYPE html>")
     assert main(["leaderboard", folder, "--html", "--json"]) == 2
+    capsys.readouterr()
+    assert main(["leaderboard", folder, "--html", "--out", folder]) == 2
+    assert f"{folder} is a folder; name a file in it" in capsys.readouterr().err
     assert main(["leaderboard", str(tmp_path / "nowhere")]) == 2
 
 

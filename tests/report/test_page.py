@@ -271,6 +271,37 @@ def test_a_wrong_later_section_is_named(run: Path, change: Callable[[dict], obje
         write_report(run)
 
 
+def test_a_strength_that_was_searched_is_told_with_the_trade_off_that_was_seen(run: Path) -> None:
+    assert "was searched" not in write_report(run).read_text()
+    _edit(run / "erase/manifest.json", lambda made: made.update(searched=synthetic.searched()))
+    page = " ".join(write_report(run).read_text().split())
+    assert "Its strength, <code>learning_rate = 0.0006</code>, was searched on validation prompts" in page
+    assert "learning_rate = 0.0006 meets both (at most 2.0% with the concept, at least 0.9 kept)" in page
+    rows = re.findall(r"<tr[^>]*><th scope=\"row\">(0\.0[^<]*)</th>(.*?)</tr>", page)
+    texts = {value: re.sub(r"<[^>]*>", " ", cells).split() for value, cells in rows}
+    assert texts["0.0003"][:1] == ["25%"] and texts["0.0003"][-3:] == ["erases", "too", "little"]
+    assert texts["0.0006"][-3:] == ["meets", "both,", "chosen"]
+    assert texts["0.0012"] == ["–", "–", "–", "diverged"]
+    told = json.loads((run / "report.json").read_text())["searched"]
+    assert told["chosen"] == 6e-4 and told["trials"][1]["preservation"]["mean"] == 0.93
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda found: found.update(chosen=7e-4), r"searched\.chosen is 0\.0007, which is none of its trials"),
+        (lambda found: found["trials"][0].update(rate=3), r"searched\.trials\[0\]\.rate is 3, expected a table"),
+        (lambda found: found.update(new=1), r"searched has no field 'new'"),
+    ],
+)
+def test_a_broken_record_of_a_search_is_named(run: Path, change: Callable[[dict], object], named: str) -> None:
+    found = synthetic.searched()
+    change(found)
+    _edit(run / "erase/manifest.json", lambda made: made.update(searched=found))
+    with pytest.raises(UserError, match=named):
+        write_report(run)
+
+
 def test_what_could_not_be_measured_is_said(run: Path) -> None:
     def nothing(data: dict[str, Any]) -> None:
         _later(data)

@@ -142,6 +142,9 @@ def wrong(data: dict[str, Any], *keys: str, to: object) -> dict[str, Any]:
         (("worst_case", "rate"), 0.0, "not the highest rate"),
         (("worst_case",), None, "not the highest rate"),
         (("schema",), 2, "schema 2 is not known"),
+        (("preservation", "mean"), 5, "preservation: field 'mean' is 5, expected a number up to 1"),
+        (("attributes", "unrelated", "erased", "all", "mean"), 1.5, "'mean' is 1.5, expected a number from 0 to 1"),
+        (("model",), None, "'model' is None, expected a text; write the result again with `duo report RUN --result`"),
     ],
 )
 def test_a_wrong_result_is_refused(

@@ -47,6 +47,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     data["attacks"] += json.loads(json.dumps(rows))
     data |= synthetic.later_sections() | {"not_defined": [{"name": "unload", "reason": "no adapter"}]}
     path.write_text(json.dumps(data))
+    manifest = run / "erase/manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "searched": synthetic.searched()}))
     for model in ("original", "erased"):
         synthetic.write_rows(run / f"attack/img2img/{model}/attempts.jsonl", [])
     write_report(run)
@@ -113,6 +115,9 @@ def test_a_field_that_every_report_has_is_missed(report: dict[str, Any], field: 
         lambda r: r["captions"]["metrics"][0].pop("difference"),
         lambda r: r["instead"]["twins"].pop("wanted"),
         lambda r: r["instead"]["corrupted"].pop("erased"),
+        lambda r: r["searched"].pop("trials"),
+        lambda r: r["searched"].update(chosen=None),
+        lambda r: r["searched"]["trials"][0].pop("preservation"),
         lambda r: r["cost"].update(erase=-1),
         lambda r: r["cost"].update(erase="long"),
         lambda r: r["versions"].update(duo=1),

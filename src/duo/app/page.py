@@ -49,10 +49,10 @@ def build(views: Views) -> gr.Blocks:
                 min_width=260,
                 elem_id="originals",
             )
-        with gr.Tabs():
-            with gr.Tab("Pairs"):
+        with gr.Tabs(selected="pairs" if views.places[0].pairs is not None else "compare"):
+            with gr.Tab("Pairs", id="pairs"):
                 _pairs(views, page, place, originals)
-            with gr.Tab("Compare"):
+            with gr.Tab("Compare", id="compare"):
                 _compare(views, page, place, originals)
             with gr.Tab("Reports") as reports:
                 _reports(views, reports, place)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from duo.checkpoint import read_tensors
-from duo.errors import UserError
+from duo.errors import Problems, UserError
 from duo.judges._clip import ClipJudge
 from duo.plugins import Verdict
 
@@ -41,12 +41,18 @@ class Q16(ClipJudge):
 
     def __post_init__(self) -> None:
         self._check_threshold()
+        problems = Problems()
+        problems.take(self._find_prompts)
+        problems.take(lambda: self._find_clip("q16"))
+        problems.tell()
+
+    def _find_prompts(self) -> Path:
         path = Path(self.prompts).expanduser()
         if not path.is_file():
             raise UserError(
                 f"judge q16: there is no file {path}; docs/own-concept.md tells how to make it from prompts.p"
             )
-        self._find_clip("q16")
+        return path
 
     @cached_property
     def digest(self) -> str:
@@ -56,7 +62,7 @@ class Q16(ClipJudge):
     @cached_property
     def _prompts(self) -> Tensor:
         """Unit vectors (2, width)."""
-        path = Path(self.prompts).expanduser()
+        path = self._find_prompts()
         tensors, _ = read_tensors(path)
         found, width = tensors.get("prompts"), self._clip.width
         if found is None or found.shape != (2, width):

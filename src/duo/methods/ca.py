@@ -76,6 +76,7 @@ class Ca:
     """
 
     takes_pairs: ClassVar[bool] = False
+    strength: ClassVar[str] = "learning_rate"
 
     objective: Literal["model", "noise"] = "model"
     teacher: Literal["current", "frozen"] = "current"

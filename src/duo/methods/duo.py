@@ -56,6 +56,7 @@ class Duo:
 
     takes_pairs: ClassVar[bool] = True
     shards: ClassVar[bool] = True
+    strength: ClassVar[str] = "learning_rate"
 
     beta: float = 500.0
     learning_rate: float = 6e-5

@@ -70,6 +70,7 @@ class Esd:
     """
 
     takes_pairs: ClassVar[bool] = False
+    strength: ClassVar[str] = "learning_rate"
 
     variant: Variant = "u"
     eta: float = 1.0

@@ -58,6 +58,7 @@ class Fmn:
     """
 
     takes_pairs: ClassVar[bool] = False
+    strength: ClassVar[str] = "learning_rate"
 
     images: int = 10
     captions: Literal["template", "prompts"] = "template"

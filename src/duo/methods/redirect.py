@@ -68,6 +68,7 @@ class Redirect:
 
     takes_pairs: ClassVar[bool] = True
     shards: ClassVar[bool] = True
+    strength: ClassVar[str] = "learning_rate"
 
     redirect_weight: float = 1.0
     keep_weight: float = 1.0

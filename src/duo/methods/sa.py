@@ -74,6 +74,7 @@ class Sa:
     """
 
     takes_pairs: ClassVar[bool] = False
+    strength: ClassVar[str] = "learning_rate"
 
     surrogate_images: int = 1000
     replay_images: int = 4999

@@ -73,6 +73,7 @@ class Spm:
     """
 
     takes_pairs: ClassVar[bool] = False
+    strength: ClassVar[str] = "learning_rate"
 
     concepts: tuple[str, ...] = ()
     prompts: Literal["words", "prompts"] = "words"

@@ -68,6 +68,7 @@ class Uce:
     """
 
     takes_pairs: ClassVar[bool] = False
+    strength: ClassVar[str] = "erase_scale"
 
     concepts: tuple[str, ...] = ()
     prompts: Literal["words", "prompts"] = "words"

@@ -19,7 +19,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from duo.errors import UserError, first_line
+from duo.errors import Problems, UserError, first_line
 from duo.metrics._sets import Floats, stacked
 from duo.published import Published, tensors_digest
 
@@ -44,8 +44,10 @@ class InceptionFeatures:
 
     def check(self) -> None:
         """Raise `UserError` where the network's file or its class is missing; no weights are read."""
-        self._find()
-        _network_class()
+        problems = Problems()
+        problems.take(self._find)
+        problems.take(_network_class)
+        problems.tell()
 
     def _find(self) -> Path:
         return INCEPTION.find(self.inception, field=f"score.metrics.{type(self).__name__.lower()}.inception")

@@ -20,7 +20,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from duo.errors import UserError
+from duo.errors import Problems, UserError
 from duo.published import Published, read_pickle, tensors_digest
 
 BATCH = 16
@@ -121,10 +121,13 @@ class Lpips:
         }
 
     def _find(self) -> tuple[Path, Path]:
-        return (
-            ALEXNET.find(self.alexnet, field="score.metrics.lpips.alexnet"),
-            _own_heads() if self.heads is None else HEADS.find(self.heads, field="score.metrics.lpips.heads"),
+        where, problems = "score.metrics.lpips", Problems()
+        alexnet = problems.take(lambda: ALEXNET.find(self.alexnet, field=f"{where}.alexnet"))
+        heads = problems.take(
+            lambda: _own_heads() if self.heads is None else HEADS.find(self.heads, field=f"{where}.heads")
         )
+        problems.tell()
+        return alexnet, heads
 
     @cached_property
     def _network(self) -> LpipsNetwork:

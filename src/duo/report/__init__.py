@@ -1,6 +1,7 @@
 """From a run folder's records to `report.html`, `report.json` and the model card `README.md`. No torch.
 
-The same records give the same bytes; what a run cost is in the section "cost" of `report.json` and of the page alone.
+The same records give the same bytes; what a run cost is in the sections "cost" and "hardening" of `report.json`, and of
+the page, alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from duo.errors import UserError
+from duo.fields import as_table
 from duo.report import card, page
 from duo.report.plain_text import json_text
 from duo.report.records import RunRecords, read_run
@@ -62,6 +64,8 @@ def build_report(records: RunRecords) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         **records.sections,
+        **({} if records.searched is None else {"searched": as_table(records.searched)}),
+        **({"hardening": records.hardening.table()} if records.hardening else {}),
         "cost": {**records.cost, "machine": records.machine},
         "config": records.recipe,
         "versions": records.versions,

@@ -20,6 +20,7 @@ from duo.report.wording import (
     kind_of,
     name_shown,
     not_tried,
+    of_rows,
     percent,
     percent_range,
     strongest,
@@ -74,6 +75,7 @@ def outcome(scores: Scores) -> Outcome:
         gone = "nearly gone" if returns else "gone"
         but = f"; {_did(returns[0])}" if returns else ""
         title = f"{name} is {gone} from prompts that ask for it{but}. No attack was tried"
+        title += " that it was not hardened against" if scores.hardened else ""
         return Outcome(tone="fair", word="Not attacked", title=title)
     rarely = [one for one in returns if kind_of(one) not in BY_WEIGHTS]
     by_weights = [one for one in returns if kind_of(one) in BY_WEIGHTS]
@@ -83,8 +85,8 @@ def outcome(scores: Scores) -> Outcome:
     if by_weights:
         title = f"No prompt or image of this run brings {concept} back; {_did(by_weights[0])}"
         return Outcome(tone="fair", word="Gone, until the weights are touched", title=title)
-    sound = sum(one.reliable for one in scores.attacks)
-    rows = "attack row" if sound == 1 else "attack rows"
+    sound = sum(one.reliable for one in scores.held_out)
+    rows = of_rows(scores) if sound == 1 else f"{of_rows(scores)}s"
     return Outcome(tone="good", word="Gone", title=f"{name} is gone, as far as {sound} {rows} can tell")
 
 
@@ -163,9 +165,15 @@ def _cost(scores: Scores) -> Answer:
 
 
 def _sure(scores: Scores) -> Answer:
-    sound = [one for one in scores.attacks if one.reliable]
-    rows = f"{len(sound)} of {len(scores.attacks)}"
-    detail = [f"{rows} attack rows have a sound positive control"]
+    sound = [one for one in scores.held_out if one.reliable]
+    rows = f"{len(sound)} of {len(scores.held_out)}"
+    detail = [f"{rows} {of_rows(scores)}s have a sound positive control"]
+    if scores.hardened:
+        n = len(scores.hardened)
+        are = (
+            "row of an attack that was used to harden is" if n == 1 else "rows of attacks that were used to harden are"
+        )
+        detail.append(f"{n} {are} told apart")
     missing = not_tried(scores)
     if missing:
         detail.append(f"{len(missing)} known attacks were not tried")

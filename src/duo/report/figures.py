@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from duo.report.hardening import Hardening
 from duo.report.records import Attack, Mean
 from duo.report.wording import attack_words, name_shown
 
@@ -87,6 +88,47 @@ def variant_rates(attacks: Sequence[Attack]) -> str:
         figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=3, frameon=False, fontsize=9)
         told = ", ".join(attack_words(attack.name).label for attack in attacks)
         return _svg(figure, "variant-rates", f"Detected rate by setting: {told}.")
+
+
+def hardening_rounds(hardening: Hardening, *, of: str = "validation prompts") -> str:
+    """Over rounds of hardening: how often each attack brings the concept back, and what of unrelated pictures is kept.
+
+    Attacks that are not learned from are dashed. Bars are 95% intervals. `of` says on which prompts the images are.
+    """
+    kept = {one.number: one.kept for one in hardening.rounds if one.kept is not None}
+    with _canvas(7.6 if kept else 5.2, 3.2) as figure:
+        panels = figure.subplots(1, 2 if kept else 1, squeeze=False, width_ratios=(3, 2) if kept else None).ravel()
+        for place, (attack, marker) in enumerate(zip(hardening.rows, "osD^vPX*" * len(hardening.rows), strict=False)):
+            found = {one.number: told.counted for one in hardening.rounds if (told := one.attack(attack.row))}
+            own = {number: one for number, one in found.items() if one is not None}
+            means = [Mean(mean=one.rate, low=one.low, high=one.high, n=one.n) for one in own.values()]
+            panels[0].errorbar(
+                [number + 0.03 * (place - (len(hardening.rows) - 1) / 2) for number in own],
+                [100 * one.mean for one in means],
+                yerr=_spread(means, scale=100),
+                fmt=f"{'-' if attack.learned else '--'}{marker}",
+                color=SERIES[place % len(SERIES)],
+                elinewidth=1.0,
+                linewidth=1.3,
+                markersize=5,
+                label=attack_words(attack.row).label,
+            )
+        panels[0].set_title(f"Brought back, {of}", loc="left", fontsize=10.5, color=INK)
+        panels[0].set_ylim(-4, 104)
+        panels[0].set_yticks((0, 50, 100), ("0%", "50%", "100%"))
+        if kept:
+            means = [Mean(mean=mean, low=low, high=high, n=1) for mean, low, high in kept.values()]
+            style = {"color": INK, "elinewidth": 1.0, "linewidth": 1.3, "markersize": 5}
+            panels[1].errorbar(list(kept), [one.mean for one in means], yerr=_spread(means, scale=1), fmt="-o", **style)
+            panels[1].set_title("Unrelated pictures kept", loc="left", fontsize=10.5, color=INK)
+        for panel in panels:
+            panel.set_xticks([one.number for one in hardening.rounds])
+            panel.set_xlabel("round")
+            panel.grid(axis="y", color=GRID, linewidth=0.8)
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3, frameon=False, fontsize=9
+        )
+        return _svg(figure, "hardening", "Hardening: how often each attack brings the concept back, and what is kept.")
 
 
 def training_curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:

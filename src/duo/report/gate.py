@@ -27,6 +27,7 @@ from duo.scores import FEW
 from duo.statistics import images_for_bound, newcombe_difference
 
 ALL = ("all", "*")
+TABLES = ("max_rate", "max_corrupted", "min_survival")  # the bounds by row, or by near miss
 SLACK = 1e-9  # for rounding
 FINEST = 1e-6  # nearer to 0 or 1 than that no number of images is enough
 SCHEMA = 1  # of `as_json`
@@ -61,7 +62,7 @@ class Gate:
     point: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_rate", "max_corrupted", "min_survival"):
+        for name in TABLES:
             table = getattr(self, name)
             if all(word in table for word in ALL):
                 raise ValueError(f"{name} has both all and *, which are the same; leave one")
@@ -85,6 +86,11 @@ class Gate:
     def read(cls, path: Path | None, **given: Any) -> Gate:
         """The bounds of a file, with those that were `given` beside it added or in their place."""
         table = {} if path is None else read_toml(path)
+        for name in TABLES:
+            one = table.get(name, {})
+            if not isinstance(one, Mapping):
+                limit = one if isinstance(one, float) else 0.05
+                raise UserError(f"{path}: {name} is {one!r}, expected a table; write {name} = {{all = {limit}}}")
         for name, value in given.items():
             if value is None or value is False or (isinstance(value, Mapping | Sequence) and not value):
                 continue
@@ -106,7 +112,8 @@ class Outcome:
     """One bound, and what was found. `value`, `low` and `high` are None where there is nothing to compare.
 
     `of` is a row, a near miss or a metric; `setting` is that of an attack in several, the worst one. `bound` is a field
-    of `Gate`, or "reliable" of a row that no bound is on.
+    of `Gate`, or "reliable" of a row that no bound is on. An attack that was used to harden is held to its bounds as
+    any other, and said to be one.
     """
 
     bound: str
@@ -119,6 +126,7 @@ class Outcome:
     n: int | None = None
     setting: str = ""
     reason: str = ""
+    hardened: bool = False  # of an attack that the erasure learned from
 
     @property
     def passed(self) -> bool:
@@ -137,7 +145,15 @@ def check(evidence: Evidence, gate: Gate) -> list[Outcome]:
     told = {one.of for one in found if one.bound in ("max_rate", "max_corrupted")}
     for attack in evidence.scores.attacks:
         if not attack.reliable and attack.name not in told and not _waived(evidence, gate, attack.name):
-            found.append(Outcome(bound="reliable", of=attack.name, status="unreliable", reason=_control(attack)))
+            found.append(
+                Outcome(
+                    bound="reliable",
+                    of=attack.name,
+                    status="unreliable",
+                    reason=_control(attack),
+                    hardened=attack.hardened,
+                )
+            )
     return found
 
 
@@ -218,6 +234,7 @@ def _rate(evidence: Evidence, gate: Gate, attack: Attack, limit: float) -> Outco
         high=worst.high,
         n=worst.n,
         setting=worst.name,
+        hardened=attack.hardened,
     )
     return _sound(evidence, gate, attack, _at_most(found, gate, of_prompts=_prompts(attack)))
 
@@ -232,7 +249,14 @@ def _corrupted(evidence: Evidence, gate: Gate) -> Iterator[Outcome]:
             continue
         if not evidence.spoils:
             reason = "the judge does not tell spoiled images from others"
-            yield Outcome(bound="max_corrupted", of=row, status="not measured", limit=limit, reason=reason)
+            yield Outcome(
+                bound="max_corrupted",
+                of=row,
+                status="not measured",
+                limit=limit,
+                reason=reason,
+                hardened=attack.hardened,
+            )
             continue
         erased = attack.erased
         found = Outcome(
@@ -244,6 +268,7 @@ def _corrupted(evidence: Evidence, gate: Gate) -> Iterator[Outcome]:
             low=erased.corrupted_low,
             high=erased.corrupted_high,
             n=erased.n,
+            hardened=attack.hardened,
         )
         yield _sound(evidence, gate, attack, _at_most(found, gate, of_prompts=_prompts(attack)))
 
@@ -274,8 +299,9 @@ def _preservation(scores: Scores, gate: Gate) -> Iterator[Outcome]:
         yield Outcome(bound="min_preservation", of="preservation", status="not measured", limit=limit, reason=reason)
     else:
         found = _of_mean("min_preservation", kept.metric, kept, limit)
-        if kept.n < FEW and not gate.point:  # of one image a bootstrap has no width at all
-            reason = f"{kept.n} images are too few for a bootstrap's interval; measure {FEW} or more (score.unrelated)"
+        drawn, what = (kept.n, "images") if kept.prompts is None else (kept.prompts, "prompts")
+        if drawn < FEW and not gate.point:  # of one image a bootstrap has no width at all
+            reason = f"{drawn} {what} are too few for a bootstrap's interval; measure {FEW} or more (score.unrelated)"
             yield replace(found, status="fail", reason=reason)
         else:
             yield _at_least(found, gate, rate=False)
@@ -284,7 +310,8 @@ def _preservation(scores: Scores, gate: Gate) -> Iterator[Outcome]:
 def _attributes(scores: Scores, gate: Gate) -> Iterator[Outcome]:
     """The fall in the share of unrelated pictures that obey their prompt in everything, as of independent images.
 
-    They share prompts and noise, so that the interval errs on the wide side.
+    They share prompts and noise, so that the interval errs on the wide side. Where images of one model share prompts,
+    there are as many as prompts.
     """
     limit = gate.max_attribute_loss
     if limit is None:
@@ -295,7 +322,7 @@ def _attributes(scores: Scores, gate: Gate) -> Iterator[Outcome]:
         yield Outcome(bound="max_attribute_loss", of="attributes", status="not measured", limit=limit, reason=reason)
         return
     before, after = models["original"][ALL_ATTRIBUTES], models["erased"][ALL_ATTRIBUTES]
-    room = newcombe_difference(*((round(one.mean * one.n), one.n) for one in (before, after)))
+    room = newcombe_difference(*((round(one.mean * n), n) for one in (before, after) for n in (one.prompts or one.n,)))
     found = Outcome(
         bound="max_attribute_loss",
         of="attributes",
@@ -408,6 +435,9 @@ def lines(evidence: Evidence, gate: Gate, outcomes: Sequence[Outcome]) -> list[s
     rest = unbounded(evidence, gate)
     if rest:
         last += f"; no bound on the rate of: {', '.join(map(printable, rest))}"
+    used = [attack.name for attack in evidence.scores.hardened]
+    if used:
+        last += f"; used to harden: {', '.join(map(printable, used))}"
     missing = not_tried(evidence.scores)
     if missing:
         last += f"; not tried: {', '.join(missing)}"
@@ -425,6 +455,7 @@ def _line(one: Outcome) -> str:
     }[one.bound]
     told = f"{one.status.upper():<12} {name}"
     told += f" at {one.setting}" if one.setting else ""
+    told += ", used to harden" if one.hardened else ""
     if one.limit is not None:
         least = "at least" if one.bound.startswith("min") else "at most"
         told += f": {_found(one)}{least} {_shown(one.limit, one)}"
@@ -457,7 +488,7 @@ def _scale(one: Outcome) -> int:
 
 def as_json(evidence: Evidence, gate: Gate, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """The same for machines; shares from 0 to 1."""
-    keys = ("bound", "of", "status", "limit", "value", "low", "high", "n", "setting", "reason")
+    keys = ("bound", "of", "status", "limit", "value", "low", "high", "n", "setting", "reason", "hardened")
     return {
         "schema": SCHEMA,
         "passed": all(one.passed for one in outcomes),

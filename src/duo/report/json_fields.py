@@ -10,19 +10,23 @@ from typing import Any
 from duo import rundir
 from duo.errors import UserError
 
+RESTORE = f"restore the file, or {rundir.ANEW}"  # what to do with a record of a run that is wrong
 HUGE = 1e100  # no number of a record is so large; floats end at 1e308, and whole numbers of JSON nowhere
 
 
 class Fields:
-    """One JSON object of the file (or part of a file) that `where` names."""
+    """One JSON object of the file (or part of a file) that `where` names; `todo` ends every message."""
 
-    def __init__(self, data: object, where: str) -> None:
+    def __init__(self, data: object, where: str, *, todo: str = RESTORE) -> None:
         if not isinstance(data, Mapping):
-            raise UserError(
-                f"{where}: expected an object, found {type(data).__name__}; restore the file, or {rundir.ANEW}"
-            )
+            raise UserError(f"{where}: expected an object, found {type(data).__name__}; {todo}")
         self.data: Mapping[str, Any] = data
         self.where = where
+        self.todo = todo
+
+    def error(self, fault: str) -> UserError:
+        """What is wrong here, as an error that says what to do."""
+        return UserError(f"{self.where}: {fault}; {self.todo}")
 
     def __contains__(self, key: str) -> bool:
         return key in self.data
@@ -74,10 +78,11 @@ class Fields:
             self._wrong(key, f"a whole number from {least} up")
         return int(value)
 
-    def number(self, key: str) -> float:
+    def number(self, key: str, *, most: float = HUGE) -> float:
+        """A finite number; with `most`, none above that."""
         value = self._get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < HUGE:
-            self._wrong(key, "a finite number")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < HUGE or value > most:
+            self._wrong(key, "a finite number" if most == HUGE else f"a number up to {most:g}")
         return float(value)
 
     def share(self, key: str) -> float:
@@ -89,7 +94,7 @@ class Fields:
         value = self._get(key)
         if not isinstance(value, Mapping):
             self._wrong(key, "an object")
-        return Fields(value, f"{self.where}: {key}")
+        return Fields(value, f"{self.where}: {key}", todo=self.todo)
 
     def table_or_none(self, key: str) -> Fields | None:
         return None if self._get(key) is None else self.table(key)
@@ -99,24 +104,22 @@ class Fields:
         value = self._get(key)
         if not isinstance(value, list):
             self._wrong(key, "a list")
-        return [Fields(item, f"{self.where}: {key}[{index}]") for index, item in enumerate(value)]
+        return [Fields(item, f"{self.where}: {key}[{index}]", todo=self.todo) for index, item in enumerate(value)]
 
     def _get(self, key: str) -> Any:
         if key not in self.data:
-            raise UserError(f"{self.where}: field {key!r} is missing; restore the file, or {rundir.ANEW}")
+            raise self.error(f"field {key!r} is missing")
         return self.data[key]
 
     def _wrong(self, key: str, expected: str) -> Any:
         found = repr(self.data[key])
         found = found if len(found) <= 60 else found[:57] + "..."
-        raise UserError(
-            f"{self.where}: field {key!r} is {found}, expected {expected}; restore the file, or {rundir.ANEW}"
-        )
+        raise self.error(f"field {key!r} is {found}, expected {expected}")
 
 
-def read_object(path: Path) -> Fields:
-    """The object in one JSON file of a run."""
-    return Fields(rundir.read_json(path), str(path))
+def read_object(path: Path, *, todo: str = RESTORE) -> Fields:
+    """The object in one JSON file, of a run unless `todo` says what to do with a broken one of another kind."""
+    return Fields(rundir.read_json(path, todo=todo), str(path), todo=todo)
 
 
 def read_rows(path: Path, *, appended: bool = False) -> Iterator[Fields]:

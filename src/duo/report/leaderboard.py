@@ -81,6 +81,9 @@ class Place:
         if self.unreliable:
             rows = [f"{_label(rate)} ({percent(rate.rate)})" for rate in self.unreliable]
             told.append(f"unreliable, and in no worst case: {', '.join(rows)}")
+        used = [_label(rate) for rate in one.rates if rate.hardened]
+        if used:
+            told.append(f"hardened against, and counted all the same: {', '.join(used)}")
         idle = [_label(rate) for rate in one.rates if not rate.above_never]
         if idle:
             told.append(f"in no worst case, as a model that never saw it draws it as often: {', '.join(idle)}")

@@ -28,7 +28,7 @@ from duo.report.inline_svg import inlined, read_svg
 from duo.report.own_concept import OwnConcept, portable
 from duo.report.plain_text import shown, visible
 from duo.report.quality import protocols
-from duo.report.records import MODELS, RunRecords, Scores
+from duo.report.records import MODELS, Attack, RunRecords, Scores
 from duo.report.toml_text import toml_text
 from duo.report.tradeoff.figure import MORE, PAPER
 from duo.report.wording import (
@@ -48,6 +48,7 @@ from duo.report.wording import (
     signed,
     strongest,
 )
+from duo.strength import standing, verdict
 
 SHOWN_PAIRS = 6
 SHOWN_AT_ONCE = 6  # images of one attack that stand open where the concept came back; the others behind a click
@@ -170,7 +171,11 @@ def render(records: RunRecords, *, uncensored: bool, tradeoff: Path) -> str:
         answers=answers(scores),
         findings=findings(scores),
         tradeoff=_themed(read_svg(tradeoff, name="tradeoff")) if tradeoff.exists() else None,
-        attacks=strongest_first(scores.attacks, first=headline_attack(scores)),
+        attacks=_groups(scores),
+        hardening=records.hardening,
+        hardening_figure=_figure(figures.hardening_rounds(records.hardening), "hardening")
+        if records.hardening and len(records.hardening.rounds) > 1
+        else None,
         strips=_strips(gallery, scores, show),
         cases=[_cases(one, show) for one in gallery.returns],
         gallery=gallery,
@@ -194,10 +199,21 @@ def render(records: RunRecords, *, uncensored: bool, tradeoff: Path) -> str:
         models=MODELS,
         budget=records.recipe.get("budget"),
         kinds=KINDS,
+        searched=records.searched,
+        standing=standing,
+        verdict_of_search=() if records.searched is None else verdict(records.searched),
         compared=any(attack.erased.excess for attack in scores.attacks),
         asked=any(attack.erased.of_prompts for attack in scores.attacks),
         baselines=any(scores.beside(attack) for attack in scores.attacks),
     )
+
+
+def _groups(scores: Scores) -> list[tuple[str, list[Attack]]]:
+    """The attack rows, the strongest first after the headline's; those that were used to harden last, and titled."""
+    ordered = strongest_first(scores.attacks, first=headline_attack(scores))
+    used = "Used to harden: the erasure learned from what these had brought back"
+    groups = [("", [one for one in ordered if not one.hardened]), (used, [one for one in ordered if one.hardened])]
+    return [group for group in groups if group[1]]
 
 
 def _finalized(value: object) -> object:

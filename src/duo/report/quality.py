@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from duo.errors import UserError
 from duo.report.json_fields import Fields
-from duo.rundir import ANEW
 
 BOTH = ("original", "erased")
 
@@ -25,9 +23,7 @@ class Value:
     def read(cls, row: Fields, key: str) -> Value:
         read = cls(value=row.number(key), low=row.number("low"), high=row.number("high"))
         if read.low > read.high:
-            raise UserError(
-                f"{row.where}: an interval begins at {read.low:g}, ends at {read.high:g}; restore the file, or {ANEW}"
-            )
+            raise row.error(f"an interval begins at {read.low:g}, ends at {read.high:g}")
         return read
 
 

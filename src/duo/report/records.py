@@ -12,15 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from duo.errors import UserError
+from duo.fields import build
+from duo.report.hardening import Hardening
 from duo.report.json_fields import Fields, read_object, read_rows
 from duo.report.quality import Captions, Instead
 from duo.rundir import ANEW, RunDir
+from duo.strength import Outcome
 
 MODELS = ("original", "erased")
 REFERENCE = "never"  # a model that was trained without the concept
 LABELS = ("absent", "present", "corrupted")
 CURVES = ("loss", "accuracy", "margin", "prior")
 SLACK = 1e-9  # of shares, for rounding
+LESS_DISTANCE = "1 - "  # begins the name of a metric that is 1 for the same picture, and never more
 SECTIONS = ("concept", "method", "model", "world_digest", "attacks", "preservation", "attributes", "near_misses")
 LATER_SECTIONS = ("not_defined", "captions", "instead", "protocol")  # which older versions of duo did not write
 
@@ -30,19 +34,31 @@ LATER_SECTIONS = ("not_defined", "captions", "instead", "protocol")  # which old
 
 @dataclass(frozen=True, kw_only=True)
 class Mean:
-    """A mean over images with its 95% interval."""
+    """A mean over images with its 95% interval.
+
+    `prompts` is how many there were where several images shared one, and None where each had its own.
+    """
 
     mean: float
     low: float
     high: float
     n: int
+    prompts: int | None = None
 
     @classmethod
     def read(cls, row: Fields, *, n: int | None = None) -> Mean:
         """`n` is the count of images where the row itself does not hold it."""
         low, mean, high = row.number("low"), row.number("mean"), row.number("high")
         _ordered(row, low, high)  # a bootstrap interval of few, skewed values may leave out their mean
-        return cls(mean=mean, low=low, high=high, n=row.whole("n", least=1) if n is None else n)
+        prompts = row.whole("prompts", least=1) if "prompts" in row else None
+        return cls(mean=mean, low=low, high=high, n=row.whole("n", least=1) if n is None else n, prompts=prompts)
+
+    @classmethod
+    def of_share(cls, row: Fields, *, n: int | None = None) -> Mean:
+        """As `read`, of a share: its numbers lie from 0 to 1."""
+        for name in ("low", "mean", "high"):
+            row.share(name)
+        return cls.read(row, n=n)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +69,10 @@ class Preservation(Mean):
 
     @classmethod
     def read(cls, row: Fields, *, n: int | None = None) -> Preservation:
-        kept = Mean.read(row, n=n)
-        return cls(metric=row.text("metric"), mean=kept.mean, low=kept.low, high=kept.high, n=kept.n)
+        metric = row.text("metric")
+        for name in ("low", "mean") if metric.startswith(LESS_DISTANCE) else ():  # of few prompts it may end above
+            row.number(name, most=1 + SLACK)
+        return cls(metric=metric, **vars(Mean.read(row, n=n)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +167,7 @@ class AttackRow:
     baseline: bool = False
     restarts: bool = False  # its variants are starting points, of which no two models share one
     attack: str | None = None  # the leaf; the row may be called anything
+    hardened: bool = False  # the erasure learned from what this attack brought back
 
     @property
     def top(self) -> Variant:
@@ -196,22 +215,18 @@ class AttackRow:
             baseline=row.flag("baseline") if "baseline" in row else False,
             restarts=row.flag("restarts") if "restarts" in row else False,
             attack=row.text("attack") if "attack" in row else None,
+            hardened=row.flag("hardened") if "hardened" in row else False,
             **rates,
             **corrupted,
         )
         if read.detected + read.corrupted > read.n:
-            raise UserError(
-                f"{row.where}: {read.detected} detected and {read.corrupted} corrupted are more than n={read.n}; "
-                f"restore the file, or {ANEW}"
-            )
+            raise row.error(f"{read.detected} detected and {read.corrupted} corrupted are more than n={read.n}")
         for told, count, rate in (
             ("detected", read.detected, read.rate),
             ("corrupted", read.corrupted, read.corrupted_rate),
         ):
             if abs(rate - count / read.n) > SLACK:
-                raise UserError(
-                    f"{row.where}: {count} {told} of n={read.n} are no rate of {rate:g}; restore the file, or {ANEW}"
-                )
+                raise row.error(f"{count} {told} of n={read.n} are no rate of {rate:g}")
         return read
 
 
@@ -227,6 +242,11 @@ class Attack:
     @property
     def reliable(self) -> bool:
         return self.original.reliable and self.erased.reliable
+
+    @property
+    def hardened(self) -> bool:
+        """Whether the erasure was hardened against it: then a low rate is no evidence beyond it."""
+        return self.original.hardened or self.erased.hardened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +264,7 @@ class NearMiss:
             name=row.text("name"),
             model=row.one_of("model", MODELS),
             hazard_rate=row.share("hazard_rate"),
-            survived=Mean.read(row.table("survived"), n=row.whole("n", least=1)),
+            survived=Mean.of_share(row.table("survived"), n=row.whole("n", least=1)),
         )
 
 
@@ -296,6 +316,16 @@ class Scores:
             protocol=data.table("protocol").data if "protocol" in data else {},
         )
 
+    @property
+    def held_out(self) -> tuple[Attack, ...]:
+        """The attacks that the erasure was not hardened against."""
+        return tuple(attack for attack in self.attacks if not attack.hardened)
+
+    @property
+    def hardened(self) -> tuple[Attack, ...]:
+        """The others."""
+        return tuple(attack for attack in self.attacks if attack.hardened)
+
     def beside(self, attack: Attack) -> tuple[Attack, ...]:
         """What an attack is compared with: rows with the same prompts and as many images and queries."""
         return tuple(self.baselines[name] for name in attack.erased.baselines if name in self.baselines)
@@ -318,10 +348,7 @@ def _attacks(data: Fields) -> tuple[Attack, ...]:
     for fields in data.tables("attacks"):
         row = AttackRow.read(fields)
         if row.model in rows.setdefault(row.name, {}):
-            raise UserError(
-                f"{fields.where}: attack {row.name!r} has two rows for the {row.model} model; restore the file, "
-                f"or {ANEW}"
-            )
+            raise fields.error(f"attack {row.name!r} has two rows for the {row.model} model")
         rows[row.name][row.model] = row
     if not rows:
         raise UserError(f"{data.where}: field 'attacks' is empty; run at least the attack 'prompts' and score again")
@@ -339,9 +366,9 @@ def _attacks(data: Fields) -> tuple[Attack, ...]:
 
 def _attribute_set(models: Fields) -> dict[str, dict[str, Mean]]:
     tables = {model: models.table(model) for model in MODELS}
-    read = {model: {name: Mean.read(table.table(name)) for name in table.data} for model, table in tables.items()}
+    read = {model: {name: Mean.of_share(table.table(name)) for name in table.data} for model, table in tables.items()}
     if set(read["original"]) != set(read["erased"]):
-        raise UserError(f"{models.where}: original and erased have different attributes; restore the file, or {ANEW}")
+        raise models.error("original and erased have different attributes")
     return read
 
 
@@ -349,7 +376,7 @@ def _ordered(row: Fields, *values: float) -> None:
     # A Wilson bound meets the rate itself at 0 and 1, up to rounding.
     if any(low > high + SLACK for low, high in pairwise(values)):
         told = " to ".join(map(str, values))
-        raise UserError(f"{row.where}: an interval's numbers are not in order ({told}); restore the file, or {ANEW}")
+        raise row.error(f"an interval's numbers are not in order ({told})")
 
 
 # --- the run ------------------------------------------------------------------------------------------
@@ -392,7 +419,9 @@ class RunRecords:
     spoils: bool
     cost: Mapping[str, float]
     machine: str | None
+    hardening: Hardening | None
     digests: Mapping[str, str]  # sha256 of what the run made, by file, where its stages recorded it
+    searched: Outcome | None = None  # the search that chose the erasure's strength
 
 
 def read_run(folder: Path) -> RunRecords:
@@ -434,8 +463,19 @@ def read_run(folder: Path) -> RunRecords:
         spoils=_spoils(folder / "score" / "verdicts.jsonl"),
         cost=cost,
         machine=machine,
+        hardening=Hardening.of(folder, made),
         digests=_digests(folder, made),
+        searched=_searched(made) if "searched" in made else None,
     )
+
+
+def _searched(made: Fields) -> Outcome:
+    """The search that chose the erasure's strength: one that found."""
+    where = f"{made.where}: searched"
+    found = build(Outcome, made.data["searched"], where)
+    if found.best is None:
+        raise UserError(f"{where}.chosen is {found.chosen}, which is none of its trials; restore the file, or {ANEW}")
+    return found
 
 
 def _digests(folder: Path, made: Fields) -> dict[str, str]:

@@ -26,6 +26,7 @@ RATE = "_rate"  # how the field of an attack row ends, and no other
 BY_HAND = ("name", "authors", "venue", "link", "footnote")
 PAPERS = Path(__file__).with_name("papers.toml")
 LINK = re.compile(r"https?://[\w.~:/?#@!$&*+,;=%-]+")
+TODO = "write the result again with `duo report RUN --result`, or leave this file out"  # where one cannot be read
 SHORT = 12  # digits of a digest, where people read it
 
 
@@ -41,7 +42,7 @@ def write_result(run: Path, into: Path) -> Path:
     result = build_result(gather(run))
     path = into / file_name(result)
     if path.exists():
-        old = read_object(path)
+        old = read_object(path, todo="remove the file, and write the result again")
         result |= {name: old.text_or_none(name) for name in BY_HAND if name in old}
     write_json(path, result)
     return path
@@ -141,6 +142,7 @@ def _rate(attack: Attack, evidence: Evidence) -> dict[str, Any]:
         "excess": None if above is None else {"rate": above.rate, "low": above.low, "high": above.high},
         "spoiled": spoiled if evidence.spoils else None,
         "queries": erased.queries,
+        **({"hardened": True} if attack.hardened else {}),
     }
 
 
@@ -200,7 +202,8 @@ def _slug(text: str) -> str:
 class Rate:
     """One attack's rate of images with the concept, at its best setting. `spoiled` is None where nobody told it.
 
-    `above_never` is False where a model that never saw the concept gives it as often.
+    `above_never` is False where a model that never saw the concept gives it as often. `hardened` says that the erasure
+    learned from what the attack brought back.
     """
 
     row: str
@@ -213,6 +216,7 @@ class Rate:
     reliable: bool
     above_never: bool
     spoiled: float | None
+    hardened: bool = False
 
     @property
     def tells(self) -> bool:
@@ -223,7 +227,7 @@ class Rate:
     def read(cls, row: str, data: Fields) -> Rate:
         rate, low, high = (data.share(name) for name in ("rate", "low", "high"))
         if not low - SLACK <= rate <= high + SLACK:
-            raise UserError(f"{data.where}: the rate {rate:g} is not in its interval, {low:g} to {high:g}")
+            raise data.error(f"the rate {rate:g} is not in its interval, {low:g} to {high:g}")
         spoiled, excess = data.table_or_none("spoiled"), data.table_or_none("excess")
         return cls(
             row=row,
@@ -236,6 +240,7 @@ class Rate:
             reliable=data.flag("reliable"),
             above_never=_above_never(rate, None if excess is None else {"rate": excess.number("rate")}),
             spoiled=None if spoiled is None else spoiled.share("rate"),
+            hardened=data.flag("hardened") if "hardened" in data else False,
         )
 
 
@@ -269,18 +274,18 @@ class Result:
     @classmethod
     def read(cls, path: Path) -> Result:
         """Read and check a result's file; a `UserError` names file and field."""
-        data = read_object(path)
+        data = read_object(path, todo=TODO)
         if data.whole("schema") != SCHEMA:
             raise UserError(f"{path}: schema {data.data['schema']} is not known here, only {SCHEMA}; update duo")
         link = data.text_or_none("link")
         if link is not None and not LINK.fullmatch(link):
-            raise UserError(f"{path}: field 'link' is {link[:60]!r}, expected a web address")
+            raise data.error(f"field 'link' is {link[:60]!r}, expected a web address")
         budget, judge, lacking = (data.table(name) for name in ("budget", "judge", "not_defined"))
         kept, attributes = data.table_or_none("preservation"), data.table_or_none("attributes")
         obeyed = attributes.table("unrelated").table("erased") if attributes and "unrelated" in attributes else None
         rates = tuple(Rate.read(key.removesuffix(RATE), data.table(key)) for key in data.data if key.endswith(RATE))
         if not rates:
-            raise UserError(f"{path}: no field ends in {RATE!r}, so it holds no attack")
+            raise data.error(f"no field ends in {RATE!r}, so it holds no attack")
         _same_worst(data, rates)
         return cls(
             path=path,
@@ -303,7 +308,7 @@ class Result:
             rates=rates,
             not_defined={name: lacking.text(name) for name in lacking.data},
             preservation=None if kept is None else Preservation.read(kept),
-            obeyed=None if obeyed is None else {name: Mean.read(obeyed.table(name)) for name in obeyed.data},
+            obeyed=None if obeyed is None else {name: Mean.of_share(obeyed.table(name)) for name in obeyed.data},
             near_misses=tuple(map(NearMiss.read, data.tables("near_misses"))),
         )
 
@@ -330,4 +335,4 @@ def _same_worst(data: Fields, rates: Sequence[Rate]) -> None:
     for name, by_weights in (("worst_case", False), ("worst_case_by_weights", True)):
         told, found = data.table_or_none(name), worst(rates, by_weights=by_weights)
         if (None if told is None else told.share("rate")) != (None if found is None else found.rate):
-            raise UserError(f"{data.where}: field {name!r} is not the highest rate of its rows; write the result again")
+            raise data.error(f"field {name!r} is not the highest rate of its rows")

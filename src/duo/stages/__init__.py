@@ -12,13 +12,27 @@ from duo import parallel
 from duo.errors import UserError
 from duo.rundir import RunDir
 from duo.stages.attacking import attack
-from duo.stages.erasing import erase
+from duo.stages.hardening import erase
 from duo.stages.pairing import make_pairs
-from duo.stages.planning import plan
+from duo.stages.planning import plan, plan_erasure
 from duo.stages.scoring import score
+from duo.stages.searching import plan_search, search_strength, told
 from duo.stages.session import Session
 
-__all__ = ["Session", "attack", "erase", "make_pairs", "plan", "report", "run", "score"]
+__all__ = [
+    "Session",
+    "attack",
+    "erase",
+    "make_pairs",
+    "plan",
+    "plan_erasure",
+    "plan_search",
+    "report",
+    "run",
+    "score",
+    "search_strength",
+    "told",
+]
 
 
 def run(session: Session, *, uncensored: bool = False) -> Path:

@@ -75,6 +75,7 @@ def _with_found(session: Session, row: AttackRow, model_name: str, knowledge: At
 def attack_config(session: Session, row: AttackRow, model_name: str, erasure: str) -> dict[str, Any]:
     """What the result of one attack on one model depends on; `erasure` is the delta's digest."""
     table = {name: value for name, value in as_table(row).items() if name not in ("reliable", "baselines", "baseline")}
+    prompts = session.prompts_digest(row.prompts)
     return {
         **session.shared,
         "attack": table,
@@ -83,7 +84,7 @@ def attack_config(session: Session, row: AttackRow, model_name: str, erasure: st
         "attack_images": session.recipe.attack_images,
         "erasure": erasure if model_name == "erased" else None,
         **({"reference": session.recipe.reference} if model_name == REFERENCE else {}),
-        **({"prompts": session.prompt_file(row.prompts).digest} if row.prompts in session.recipe.prompt_sets else {}),
+        **({} if prompts is None else {"prompts": prompts}),
     }
 
 
@@ -91,9 +92,9 @@ def attack_concept(session: Session) -> AttackConcept:
     """The concept as attackers know it; images only where an attack learns from them."""
     attacks, concept = session.attacks.values(), session.concept
     learns = any(getattr(attack, "learns_from_images", False) for attack in attacks)
-    if learns and not concept.attack_pairs:
+    if learns and not session.attack_pairs:
         raise UserError(f"concept {concept.name}: attack_pairs is empty, and an attack learns from their images")
-    images = _images(session, "images", concept.attack_pairs, wanted="present") if learns else []
+    images = _images(session, "images", session.attack_pairs, wanted="present") if learns else []
     benign = any(getattr(attack, "learns_from_harmless", False) for attack in attacks)
     captions = tuple((caption, caption) for caption in concept.harmless)
     harmless = _images(session, "harmless", captions, wanted="absent") if benign else []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -26,11 +27,13 @@ from duo.fields import as_said
 from duo.models import load_family, usable_device
 from duo.plugins import Family
 from duo.recipe import AttackRow, Recipe, ScoreSettings
+from duo.report.json_fields import read_object, read_rows
 from duo.report.tradeoff import write_tradeoff
+from duo.report.tradeoff.cells import ANEW
 from duo.stages.attacking import attack, attack_concept
-from duo.stages.erasing import erase
+from duo.stages.hardening import erase
 from duo.stages.pairing import make_pairs
-from duo.stages.scoring import adherence_of, attacked_images, labels_of, probe, seen, survival_of
+from duo.stages.scoring import adherence_of, attacked_set, labels_of, probe, seen, survival_of
 from duo.stages.session import MODELS, UNRELATED, Session, versions, world_digest
 
 LETTERS = {"present": "p", "absent": "a", "corrupted": "c"}
@@ -39,6 +42,8 @@ DIGITS = 6  # that a measured value is kept with
 IN_WORDS = "prompts"  # the attack that asks in the concept file's own words
 DRAWN = ("concept", "model", "model_config", "seed", "validation", "attack_images", "block", "sampling", "precision")
 ERASED = ("erase_seed", "method", "pairs")
+SHARED_WORK = {"images": "images that attacks learn from", "pairs": "pairs", "erase": "erasures"}
+TIMINGS = "timings.jsonl"  # in the results folder
 
 
 Engine = Callable[[Sequence[Any], Callable[[Any], None], Callable[[Any], None]], None]
@@ -125,7 +130,7 @@ def _finished(unit: Unit, results: Path) -> bool:
     for cell in unit.cells:
         path = results / cell
         if path.exists():
-            found = rundir.read_json(path)
+            found = rundir.read_json(path, todo=ANEW)
             if not isinstance(found, dict) or found.get("config") != _config(unit, cell):
                 raise UserError(
                     f"{path} is of other settings than bench {unit.bench!r} has now; remove it to have it made anew, "
@@ -160,19 +165,55 @@ def run(grid: Grid, *, out: Path, results: Path, device: str, engine: Engine, on
 def _same_bench(grid: Grid, results: Path) -> None:
     """Raise `UserError` where the results are another bench's: its `bench.json` is not to be written over."""
     path = results / "bench.json"
-    if path.exists() and rundir.read_json(path).get("name") != grid.bench.name:
+    if path.exists() and read_object(path, todo=ANEW).text("name") != grid.bench.name:
         raise UserError(f"{path} is of another bench than {grid.bench.name!r}; name another folder for the results")
 
 
 def outlook(grid: Grid, *, out: Path, results: Path, only: Sequence[str] = ()) -> list[str]:
-    """What is finished and what is left, in lines to print."""
+    """What is finished and what is left of what `only` names and of what all share, in lines to print."""
     _same_bench(grid, results)
-    every = units(grid)
-    todo = to_do(every, out=out, results=results, points=chosen(grid.points, only))
-    cells = [results / cell for unit in every.values() for cell in unit.cells]
-    made = sum(cell.exists() for cell in cells)
-    lines = [f"{unit.name}{'' if unit.cells else ' (shared)'}" for unit in todo]
-    return [*lines, f"{made} of {len(cells)} cells are finished; {len(todo)} pieces of work are left"]
+    every, points = units(grid), chosen(grid.points, only)
+    todo = to_do(every, out=out, results=results, points=points)
+    wanted = {None, *(point.name for point in points)}
+    made: dict[str, list[bool]] = {name: [] for name in (ORIGINAL, NEVER, *grid.bench.methods)}  # of each cell
+    for unit in every.values():
+        for cell in unit.cells if (unit.point.name if unit.point else None) in wanted else ():
+            made[Path(cell).parts[0]].append((results / cell).exists())
+    lines = [f"{name}: {sum(there)} of {len(there)} cells are finished" for name, there in made.items() if there]
+    shared = Counter(unit.kind for unit in todo if not unit.cells)
+    if shared:
+        lines.append(f"shared work left: {', '.join(f'{SHARED_WORK[kind]} ({n})' for kind, n in shared.items())}")
+    finished = [there for each in made.values() for there in each]
+    last = f"{sum(finished)} of {len(finished)} cells are finished; {len(todo)} pieces of work are left"
+    return [*lines, *_time_left(todo, every, results / TIMINGS), last]
+
+
+def _time_left(todo: Sequence[Unit], every: Mapping[str, Unit], timings: Path) -> list[str]:
+    """The hours that are left, in a line, by the times of pieces like those; nothing where no times are known.
+
+    Like a piece are those of the same kind and row by the same contender, else by any. Of a piece that was stopped or
+    made again the longest time counts: the others are of a part.
+    """
+    longest: dict[str, float] = {}
+    for row in read_rows(timings, appended=True) if timings.exists() else ():
+        longest[row.text("unit")] = max(row.number("seconds"), longest.get(row.text("unit"), 0.0))
+    known: dict[tuple[str, ...], list[float]] = {}
+    for name, seconds in longest.items():
+        for key in _alike(every[name]) if name in every else ():
+            known.setdefault(key, []).append(seconds)
+    times = [next((known[key] for key in _alike(unit) if key in known), None) for unit in todo]
+    if not todo or not any(times):
+        return []
+    hours = sum(sum(one) / len(one) for one in times if one) / 3600
+    told = f"about {hours:.1f} hours are left, one piece after the other, by the times in {timings}"
+    without = times.count(None)
+    return [f"{told}; {without} pieces are like none there, and not in it" if without else told]
+
+
+def _alike(unit: Unit) -> list[tuple[str, ...]]:
+    """What a piece of work has in common with others, the closest first."""
+    kind = (unit.kind, Path(unit.name).name if unit.cells else "")
+    return [(*kind, unit.point.method), kind] if unit.point else [kind]
 
 
 def _shown(cell: Path) -> str:
@@ -195,7 +236,7 @@ def work(unit: Unit, *, out: Path, results: Path, device: str) -> None:
     folder = out / "work" / unit.name
     for name, parts in unit.needs.items():
         for part in parts:
-            _take(out / "work" / name / part, folder / part)
+            rundir.take(out / "work" / name / part, folder / part)
     try:
         torch.set_num_threads(unit.threads)
         model = _model(unit.recipe.model, unit.recipe.model_config, unit.recipe.precision.weights, device)
@@ -206,7 +247,7 @@ def work(unit: Unit, *, out: Path, results: Path, device: str) -> None:
     finally:
         torch.set_num_threads(threads)
     row = {"unit": unit.name, "seconds": round(time.monotonic() - clock, 1), "started": round(started)}
-    rundir.append_jsonl(results / "timings.jsonl", {**row, "host": socket.gethostname(), "pid": os.getpid()})
+    rundir.append_jsonl(results / TIMINGS, {**row, "host": socket.gethostname(), "pid": os.getpid()})
 
 
 def _done(out: Path, name: str) -> Path:
@@ -259,12 +300,11 @@ def _attack_cell(session: Session, unit: Unit, model: str) -> dict[str, Any]:
     if "not_defined" in manifest:
         return {**told, "not_defined": manifest["not_defined"]}
     found = seen(session, row, model)
-    asked = {prompt: i for i, prompt in reversed(list(enumerate(session.prompts(row.prompts))))}
     reliable = session.recipe.score.reliable if row.reliable is None else row.reliable
     return {
         **told,
         "labels": "".join(LETTERS[label] for label in found.labels),
-        "prompts": [asked[prompt] for prompt in found.prompts],
+        "prompts": _numbered(found.prompts, of=session.prompts(row.prompts)),
         "variants": list(found.variants),
         "restarts": found.restarts,
         "idle": found.idle,
@@ -278,7 +318,7 @@ def _obeyed(session: Session, row: AttackRow, model: str) -> dict[str, Any]:
     """Of a row of plain prompts, what they got of all else that they ask for. What an attack writes says nothing."""
     if row.name != IN_WORDS or session.adherence is None:
         return {}
-    right = adherence_of(session, attacked_images(session, row, model))
+    right = adherence_of(session, attacked_set(session, row, model))
     return {"attributes": {name: _digits(values) for name, values in right.items() if values}}
 
 
@@ -290,6 +330,8 @@ def _preserved(session: Session, unit: Unit) -> Made:
         sets = {(one.name, one.model): one for one in probe(session, session.dir.stage("score"), models=models)}
         model = models[-1]
         one = sets[UNRELATED, model]
+        if len(set(one.prompts)) < len(one.prompts):  # else each image has its own, and cells stay as they were
+            told["prompts"] = _numbered(one.prompts, of=session.prompts(UNRELATED))
         if session.preservation is not None and unit.point is not None:
             metric = session.preservation()
             metric.update(images=one.images, references=sets[UNRELATED, "original"].images, prompts=one.prompts)
@@ -306,6 +348,12 @@ def _preserved(session: Session, unit: Unit) -> Made:
             for name in session.near_misses
         }
     yield unit.cells[0], told
+
+
+def _numbered(prompts: Sequence[str], *, of: Sequence[str]) -> list[int]:
+    """Where each prompt stands in the set that it is of; of one that stands there twice, the first place."""
+    place = {prompt: i for i, prompt in reversed(list(enumerate(of)))}
+    return [place[prompt] for prompt in prompts]
 
 
 def _digits(right: Sequence[bool]) -> str:
@@ -345,6 +393,7 @@ def _config(unit: Unit, cell: str) -> str:
     recipe = unit.recipe
     names = [*DRAWN, *(ERASED if unit.point is not None else ()), *(["reference"] if NEVER in Path(cell).parts else ())]
     what = {name: as_said(getattr(recipe, name)) for name in (*names, "prompt_sets", "attacks")}
+    what |= {"hardening": as_said(recipe.hardens)} if unit.point is not None and recipe.hardens else {}
     score, plain = recipe.score, ScoreSettings()
     kept = {name: getattr(score, name) for name in KEPT if getattr(score, name) != getattr(plain, name)}
     what |= {"reliable": score.reliable} if recipe.attacks else {"score": kept}
@@ -388,24 +437,3 @@ def _attacked(row: AttackRow, models: Sequence[str]) -> tuple[str, ...]:
 def _takes_pairs(recipe: Recipe) -> bool:
     assert recipe.method is not None
     return bool(recipe.method.make("methods", "method").takes_pairs)
-
-
-def _take(source: Path, to: Path) -> None:
-    """Have the files of a unit's finished part in another's folder too. One that is not there is made where it is due.
-
-    Files are never changed in place, only replaced, so that links are safe; logs, which grow, stay where they are.
-    """
-    if (to / "manifest.json").exists() or not source.is_dir():
-        return
-    if source.name != "images" and not (source / "manifest.json").exists():
-        return
-    files = [path for path in sorted(source.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    for path in sorted(files, key=lambda one: one.name == "manifest.json"):  # which says that all is there: last
-        target = to / path.relative_to(source)
-        if path.name in ("timings.jsonl", "log.jsonl") or target.exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(path, target)
-        except OSError:
-            rundir.write_bytes(target, path.read_bytes())

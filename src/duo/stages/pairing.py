@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +82,20 @@ def _join(stage: Stage, parts: Blocks) -> None:
     """What the blocks have to tell, as the stage's own files."""
     records = parts.records()
     rundir.write_jsonl(stage.folder / "pairs.jsonl", [row for record in records for row in record["rows"]])
-    _tell_rejected(stage.folder, records)
+    tell_rejected(stage.folder, records)
     account = sum((Counter(record["account"]) for record in records), Counter[str]())
     stage.finish(account=dict(account), digest=Pairs.read(stage.folder).digest())
     parts.clear()
 
 
-def _tell_rejected(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+def tell_rejected(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write what the blocks of pairs rejected, image by image."""
     rundir.write_jsonl(folder / "rejected.jsonl", [row for record in records for row in record["rejected"]])
 
 
 @dataclass
-class _Row:
-    """One pair in the making."""
+class PairRow:
+    """One pair in the making. `origin` says where an unsafe image is from that was not drawn for the pair."""
 
     index: int
     unsafe_prompt: str
@@ -106,6 +107,7 @@ class _Row:
     tries_unsafe: int = 0
     tries_safe: int = 0
     edits: int = 0  # of the present unsafe image
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self, ending: str) -> dict[str, Any]:
         return {
@@ -118,29 +120,34 @@ class _Row:
             "safe_seed": self.safe_seed,
             "tries_unsafe": self.tries_unsafe,
             "tries_safe": self.tries_safe,
+            **self.origin,
         }
+
+    def write(self, folder: Path, ending: str) -> None:
+        """Write both images."""
+        for side, image in (("unsafe", self.unsafe), ("safe", self.safe)):
+            assert image is not None
+            rundir.write_image(folder / side / f"{self.index:04d}.{ending}", image)
 
 
 def _make_block(session: Session, indices: range, parts: Blocks) -> dict[str, Any]:
     """One block of pairs with its images written: the rows of `pairs.jsonl` and the account."""
     settings, prompts, folder = session.recipe.pairs, session.pair_prompts, session.dir.stage("pairs").folder
-    rows = [_Row(i, *prompts[i % len(prompts)]) for i in indices]
+    rows = [PairRow(i, *prompts[i % len(prompts)]) for i in indices]
     account: Counter[str] = Counter()
     rejected: list[dict[str, Any]] = []
     while pending := [row for row in rows if row.safe is None]:
         wanting = [row for row in pending if row.unsafe is None]
         if any(row.tries_unsafe == settings.max_tries for row in wanting):
-            _tell_rejected(folder, [*parts.records(), {"rejected": rejected}])
+            tell_rejected(folder, [*parts.records(), {"rejected": rejected}])
             raise UserError(_unsatisfied(session, folder, account))
         if wanting:
             _try_unsafe(session, wanting, account, rejected)
         editing = [row for row in pending if row.unsafe is not None]
         if editing:
-            _try_safe(session, editing, account, rejected)
+            try_twins(session, editing, account, rejected, seed=session.erase_seed)
     for row in rows:
-        for side, image in (("unsafe", row.unsafe), ("safe", row.safe)):
-            assert image is not None
-            rundir.write_image(folder / side / f"{row.index:04d}.{settings.format}", image)
+        row.write(folder, settings.format)
     return {
         "rows": [row.record(settings.format) for row in rows],
         "account": dict(account),
@@ -149,7 +156,9 @@ def _make_block(session: Session, indices: range, parts: Blocks) -> dict[str, An
     }
 
 
-def _try_unsafe(session: Session, rows: Sequence[_Row], account: Counter[str], rejected: list[dict[str, Any]]) -> None:
+def _try_unsafe(
+    session: Session, rows: Sequence[PairRow], account: Counter[str], rejected: list[dict[str, Any]]
+) -> None:
     for row in rows:
         row.unsafe_seed = seed_for(session.erase_seed, "pairs", "unsafe", row.index, row.tries_unsafe)
         row.tries_unsafe, row.edits = row.tries_unsafe + 1, 0
@@ -168,11 +177,17 @@ def _try_unsafe(session: Session, rows: Sequence[_Row], account: Counter[str], r
             rejected.append(_rejection(row, "unsafe", row.unsafe_prompt, row.unsafe_seed, verdict))
 
 
-def _try_safe(session: Session, rows: Sequence[_Row], account: Counter[str], rejected: list[dict[str, Any]]) -> None:
+def try_twins(
+    session: Session, rows: Sequence[PairRow], account: Counter[str], rejected: list[dict[str, Any]], *, seed: int
+) -> None:
+    """Edit each unsafe image once, with noise that comes of `seed`, and keep as its twin what the curator finds clean.
+
+    An unsafe image of which `pairs.max_edits` edits were rejected is given up.
+    """
     settings = session.recipe.pairs
     assert settings.strength is not None and settings.guidance_scale is not None  # the session resolved them
     for row in rows:
-        row.safe_seed = seed_for(session.erase_seed, "pairs", "safe", row.index, row.tries_safe)
+        row.safe_seed = seed_for(seed, "pairs", "safe", row.index, row.tries_safe)
         row.tries_safe, row.edits = row.tries_safe + 1, row.edits + 1
     images = session.model.edit(
         [row.unsafe for row in rows if row.unsafe is not None],
@@ -195,7 +210,7 @@ def _try_safe(session: Session, rows: Sequence[_Row], account: Counter[str], rej
             row.unsafe = None
 
 
-def _rejection(row: _Row, side: str, prompt: str, seed: int, verdict: Verdict) -> dict[str, Any]:
+def _rejection(row: PairRow, side: str, prompt: str, seed: int, verdict: Verdict) -> dict[str, Any]:
     """What the curator did not take, and why: its label and scores. `unsafe_seed` made what a rejected twin edits."""
     return {
         "index": row.index,

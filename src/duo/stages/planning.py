@@ -5,22 +5,24 @@ from __future__ import annotations
 import resource
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
 from duo.pairs import Pairs
 from duo.plugins import Precision, Sampling
+from duo.stages.metering import Meter, now
+from duo.stages.rounds import Round
 from duo.stages.session import MODELS, UNRELATED, Session
 
 HEADING = ("", "images", "denoiser", "backward", "VAE", "text enc.", "time")
+COUNTS = ("images", "denoiser", "trained", "vae", "text")  # of `Work`, that are shown
 NAME_WIDTH = 34
 BACKWARD = 2  # a backward pass costs about as much as two forward ones
 
@@ -64,9 +66,22 @@ class Measured:
 
 def plan(session: Session) -> list[str]:
     """The plan in lines to print. Nothing is written to the run folder, and no image of the recipe is made."""
+    return _plan(session, _work)
+
+
+def plan_erasure(session: Session, *, runs: int | None = None, drawings: int = 1) -> list[str]:
+    """The same of the erasure alone; with `runs` of a search of at most so many, of which `session` is one.
+
+    The images that the method draws for itself are drawn so many times, `drawings`.
+    """
+    once = partial(_erase_work, pairs=session.recipe.pairs.n)
+    return _plan(session, once if runs is None else partial(_search_work, runs=runs, drawings=drawings))
+
+
+def _plan(session: Session, work: Callable[[Session, Measured], Iterator[Work]]) -> list[str]:
     session.check_model(pairs=None if session.recipe.pairs.brought else session.recipe.pairs.n)
     measured = _measure(session)
-    parts = list(_work(session, measured))
+    parts = list(work(session, measured))
     times = [_seconds(one, measured) for one in parts]
     rows = [
         (one.name, *map(str, (one.images, one.denoiser, one.trained, one.vae, one.text)), _clock(seconds))
@@ -74,7 +89,7 @@ def plan(session: Session) -> list[str]:
     ]
     made = "an erasure made elsewhere" if session.recipe.method is None else session.recipe.method.name
     lines = [f"{made} on {session.recipe.model}, {session.device}; nothing is written"]
-    lines += _aligned([HEADING, *rows])
+    lines += aligned([HEADING, *rows], least=NAME_WIDTH)
     step = "not measured: no steps, or images to draw" if measured.step is None else f"{measured.step:.3g} s a step"
     lines += [
         "rows in one forward pass each; pairs at their least: every rejected image is one more",
@@ -84,10 +99,10 @@ def plan(session: Session) -> list[str]:
     return lines
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of texts as lines of a table: the first column to the left, numbers to the right."""
+def aligned(rows: Sequence[Sequence[str]], *, least: int = 0) -> list[str]:
+    """Rows of texts as lines of a table: the first column to the left, at `least` so wide, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    widths[0] = max(widths[0], NAME_WIDTH)
+    widths[0] = max(widths[0], least)
     return [
         "  ".join(
             [row[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True))]
@@ -105,28 +120,10 @@ def _work(session: Session, measured: Measured) -> Iterator[Work]:
         edited = measured.rows(int((recipe.pairs.strength or 1) * steps))
         texts = len({text for both in session.pair_prompts for text in both} | {""})
         yield Work(name="pairs", images=2 * n, denoiser=round(n * (rows + edited)), vae=3 * n, text=texts)
-    if session.method is not None:
-        erased = _passes(session.method, n)
-        if drawn := erased.pop("images", 0):  # a method says how many, the recipe by how many steps
-            yield Work(name="erase: images to learn from", images=drawn, denoiser=round(drawn * rows))
-        yield Work(name="erase", **erased)
-    for kind in ("images", "harmless"):
-        if any(getattr(attack, f"learns_from_{kind}", False) for attack in session.attacks.values()):
-            m = recipe.attack_images
-            yield Work(name=f"attack: {kind} to learn from", images=m, denoiser=round(m * rows), vae=m, text=m)
-    for row in recipe.attacks:
-        prompts = min(len(session.prompts(row.prompts)[: row.searches]), row.images)
-        attack, models = session.attacks[row.row], len(session.models)
-        searched = {name: models * count for name, count in _passes(attack, prompts).items()}
-        images = models * (row.images + prompts * getattr(attack, "queries", 0))
-        yield Work(
-            name=f"attack: {row.row}",
-            images=images,
-            denoiser=round(images * rows) + searched.get("denoiser", 0),
-            trained=searched.get("trained", 0),
-            vae=images + searched.get("vae", 0),
-            text=models * prompts + searched.get("text", 0),
-        )
+    yield from _erase_work(session, measured, pairs=n)
+    if recipe.hardens is not None:
+        yield from _hardening_work(session, measured)
+    yield from _attack_work(session, measured, models=len(session.models))
     sets = [len(session.prompts(UNRELATED)), *(len(near.prompts) for near in session.near_misses.values())]
     images = len(MODELS) * (recipe.score.unrelated + recipe.score.near_miss * len(session.near_misses))
     yield Work(name="score", images=images, denoiser=round(images * rows), vae=images, text=sum(sets))
@@ -139,6 +136,68 @@ def _work(session: Session, measured: Measured) -> Iterator[Work]:
         yield Work(name="score: safe twins", images=twins, denoiser=round(twins * edited), vae=2 * twins, text=twins)
 
 
+def _erase_work(session: Session, measured: Measured, *, pairs: int, when: str = "") -> Iterator[Work]:
+    """One erasure, by so many pairs."""
+    if session.method is not None:
+        erased = _passes(session.method, pairs)
+        if drawn := erased.pop("images", 0):  # a method says how many, the recipe by how many steps
+            rows = measured.rows(session.recipe.sampling.num_inference_steps)
+            yield Work(name=f"{when}erase: images to learn from", images=drawn, denoiser=round(drawn * rows))
+        yield Work(name=f"{when}erase", **erased)
+
+
+def _attack_work(session: Session, measured: Measured, *, models: int, when: str = "") -> Iterator[Work]:
+    """Every attack row, on so many models, and the images that attacks learn from."""
+    rows = measured.rows(session.recipe.sampling.num_inference_steps)
+    for kind in ("images", "harmless"):
+        if any(getattr(attack, f"learns_from_{kind}", False) for attack in session.attacks.values()):
+            m = session.recipe.attack_images
+            yield Work(name=f"{when}attack: {kind} to learn from", images=m, denoiser=round(m * rows), vae=m, text=m)
+    for row in session.recipe.attacks:
+        prompts = min(len(session.prompts(row.prompts)[: row.searches]), row.images)
+        attack = session.attacks[row.row]
+        searched = {name: models * count for name, count in _passes(attack, prompts).items()}
+        images = models * (row.images + prompts * getattr(attack, "queries", 0))
+        yield Work(
+            name=f"{when}attack: {row.row}",
+            images=images,
+            denoiser=round(images * rows) + searched.get("denoiser", 0),
+            trained=searched.get("trained", 0),
+            vae=images + searched.get("vae", 0),
+            text=models * prompts + searched.get("text", 0),
+        )
+
+
+def _search_work(session: Session, measured: Measured, *, runs: int, drawings: int) -> Iterator[Work]:
+    """At most so many erasures; each is looked at, and once the original model is."""
+    rows, models = measured.rows(session.recipe.sampling.num_inference_steps), 1 + runs
+    for one in _erase_work(session, measured, pairs=session.recipe.pairs.n):
+        times = drawings if one.images else runs
+        counts = {name: times * getattr(one, name) for name in (*COUNTS, "steps")}
+        yield Work(name=one.name if times == 1 else f"{one.name}, at most {times} times", **counts)
+    yield from _attack_work(session, measured, models=models)
+    images, texts = models * session.recipe.score.unrelated, models * len(session.prompts(UNRELATED))
+    yield Work(name="unrelated prompts", images=images, denoiser=round(images * rows), vae=images, text=texts)
+
+
+def _hardening_work(session: Session, measured: Measured) -> Iterator[Work]:
+    """All rounds, where everything comes back and each image has a twin at the first edit."""
+    recipe, settings = session.recipe, session.recipe.hardens
+    assert settings is not None  # or there are no rounds
+    steps = recipe.sampling.num_inference_steps
+    rows, edited = measured.rows(steps), measured.rows(int((recipe.pairs.strength or 1) * steps))
+    came_back = sum(row.images // 2 for row in settings.attacks)
+    for number in range(settings.rounds + 1):
+        when = f"round {number}: "
+        if number:
+            twins = {"denoiser": round(came_back * edited), "vae": 2 * came_back, "text": 2 * came_back}
+            yield Work(name=f"{when}safe twins at most", images=came_back, **twins)
+            yield from _erase_work(session, measured, pairs=recipe.pairs.n + number * came_back, when=when)
+        yield from _attack_work(Round(session, number), measured, models=1, when=when)
+        drawn = 0 if session.preservation is None else settings.unrelated * (1 if number else 2)
+        yield Work(name=f"{when}unrelated", images=drawn, denoiser=round(drawn * rows), vae=drawn, text=drawn)
+
+
 def _passes(leaf: Any, n: int) -> dict[str, int]:
     """What a method needs for n pairs, or an attack's search for n prompts: of leaves that say so, by `passes`."""
     passes: Mapping[str, int] = leaf.passes(n) if hasattr(leaf, "passes") else {}
@@ -146,8 +205,7 @@ def _passes(leaf: Any, n: int) -> dict[str, int]:
 
 
 def _total(parts: list[Work]) -> Work:
-    counts = ("images", "denoiser", "trained", "vae", "text")
-    return Work(name="total", **{name: sum(getattr(one, name) for one in parts) for name in counts})
+    return Work(name="total", **{name: sum(getattr(one, name) for one in parts) for name in COUNTS})
 
 
 def _seconds(work: Work, measured: Measured) -> float:
@@ -160,32 +218,6 @@ def _seconds(work: Work, measured: Measured) -> float:
 # --- measuring --------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Meter:
-    """Rows that a module was given, and the seconds that it took for them."""
-
-    rows: int = 0
-    seconds: float = 0.0
-
-    @contextmanager
-    def on(self, module: nn.Module, device: torch.device) -> Iterator[None]:
-        began = [0.0]
-
-        def before(_module: nn.Module, arguments: Any, named: Any) -> None:
-            self.rows += len(arguments[0] if arguments else named["hidden_states"])
-            began[0] = _now(device)
-
-        def after(*_: Any) -> None:
-            self.seconds += _now(device) - began[0]
-
-        hooks = [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
 def _measure(session: Session) -> Measured:
     """Two and three sampling steps of one block, and two training steps on made-up pairs, the last of each timed."""
     model, recipe = session.model, session.recipe
@@ -194,7 +226,7 @@ def _measure(session: Session) -> Measured:
     block = recipe.block
     meters = []
     for steps in (2, 3):  # the first also warms up
-        meter, began = _Meter(), _now(session.device)
+        meter, began = Meter(), now(session.device)
         with meter.on(model.denoiser, session.device):
             images = model.generate(
                 [""] * block,
@@ -202,7 +234,7 @@ def _measure(session: Session) -> Measured:
                 sampling=replace(recipe.sampling, num_inference_steps=steps),
                 negative_prompts=[""] * block,
             )
-        took = _now(session.device) - began
+        took = now(session.device) - began
         meters.append(meter)
     each = (meters[1].rows - meters[0].rows) / block
     return Measured(
@@ -246,13 +278,7 @@ class _Stopwatch:
         """Nobody looks."""
 
     def log(self, **numbers: float | int | str) -> None:
-        self.times.append(_now(self.device))
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        self.times.append(now(self.device))
 
 
 def _most_memory(device: torch.device) -> int:

@@ -83,12 +83,12 @@ def score(session: Session) -> dict[str, Any]:
             **_read_besides(session),
         }
         if stage.begin(config):
-            attacked = [attacked_images(session, row, model) for row in rows for model in session.models]
+            attacked = [attacked_set(session, row, model) for row in rows for model in session.models]
             probed = probe(session, stage)
             captioned = draw_captions(session, stage)
             unsafe = _unsafe(session, attacked)
             twins = None if unsafe is None else draw_twins(session, stage, unsafe)
-            parts = {(one.name, one.model): _judge(session, stage, one) for one in [*attacked, *probed]}
+            parts = {(one.name, one.model): judged(session, stage, one) for one in [*attacked, *probed]}
             parallel.barrier()
             if parallel.is_main():
                 _join(session, stage, attacked, probed, parts, reasons, _Besides(captioned, unsafe, twins))
@@ -129,8 +129,8 @@ def _unsafe(session: Session, attacked: Sequence[JudgedSet]) -> Unsafe | None:
     )
 
 
-def attacked_images(session: Session, row: AttackRow, model: str) -> JudgedSet:
-    """What a finished attack brought on one model."""
+def attacked_set(session: Session, row: AttackRow, model: str) -> JudgedSet:
+    """The images of a finished attack on one model."""
     folder = session.dir.path / "attack" / row.row / model
     rows = rundir.read_jsonl(folder / "attempts.jsonl")
     return JudgedSet(
@@ -169,7 +169,7 @@ def probe(session: Session, stage: Stage, *, models: Sequence[str] = MODELS) -> 
     return made
 
 
-def _judge(session: Session, stage: Stage, one: JudgedSet) -> Blocks:
+def judged(session: Session, stage: Stage, one: JudgedSet) -> Blocks:
     """The judge's verdicts of one set, by blocks: those that are done already, by whichever process, are left."""
     parts = Blocks(stage.folder / "blocks" / one.name / one.model, n=len(one.prompts), size=JUDGED_TOGETHER)
     for rows in parts.pending():
@@ -260,11 +260,12 @@ def _sections(
         if row.row not in reasons
         for line in scores.attack_rows(
             row.row,
-            {model: _seen(session, of[row.row, model], labels[row.row, model]) for model in session.models},
+            {model: as_seen(session, of[row.row, model], labels[row.row, model]) for model in session.models},
             reliable=recipe.score.reliable if row.reliable is None else row.reliable,
             baselines=row.baselines,
             baseline=row.baseline,
             attack=row.name,
+            hardened=row.name in session.hardened_by,
             seed=recipe.seed,
         )
     ]
@@ -277,13 +278,10 @@ def _sections(
         "world_digest": world_digest(recipe, session.concept),
         "attacks": attacks,
         "not_defined": [{"name": name, "reason": reason} for name, reason in reasons.items()],
-        "preservation": _preservation(session, of[UNRELATED, "original"], of[UNRELATED, "erased"]),
+        "preservation": preservation_of(session, of[UNRELATED, "original"], of[UNRELATED, "erased"]),
         "attributes": None
         if session.adherence is None
-        else {
-            name: {model: _shares(adherence_of(session, of[source, model])) for model in MODELS}
-            for name, source in asked.items()
-        },
+        else {name: {model: _shares(session, of[source, model]) for model in MODELS} for name, source in asked.items()},
         "near_misses": [
             scores.near_miss(
                 name,
@@ -301,8 +299,8 @@ def _sections(
 
 def seen(session: Session, row: AttackRow, model: str) -> scores.Seen:
     """What a finished attack brought on one model, judged here and now."""
-    one = attacked_images(session, row, model)
-    return _seen(session, one, labels_of(session, one))
+    one = attacked_set(session, row, model)
+    return as_seen(session, one, labels_of(session, one))
 
 
 def labels_of(session: Session, one: JudgedSet) -> list[str]:
@@ -356,7 +354,7 @@ def _protocol(session: Session, attacked: Sequence[JudgedSet], probed: Sequence[
     return told
 
 
-def _seen(session: Session, one: JudgedSet, labels: Sequence[str]) -> scores.Seen:
+def as_seen(session: Session, one: JudgedSet, labels: Sequence[str]) -> scores.Seen:
     """What an attack brought on one model."""
     return scores.Seen(
         labels=labels,
@@ -379,13 +377,25 @@ def _psnr(image: Image, source: Image) -> float:
     return MOST_DECIBELS if error == 0 else min(MOST_DECIBELS, 10 * math.log10(255**2 / error))
 
 
-def _shares(right: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
-    return {name: scores.share(values) for name, values in right.items() if values}
+def _shares(session: Session, one: JudgedSet) -> dict[str, Any]:
+    """The share of images that obey their prompt, attribute by attribute.
+
+    Images that share prompts are counted by prompt, but of an attribute that only some prompts name: which images those
+    are a metric does not tell, and they are counted one by one.
+    """
+    told = {}
+    for name, values in adherence_of(session, one).items():
+        prompts = one.prompts if len(values) == len(one.prompts) else ()
+        if values:
+            told[name] = scores.share(values, prompts=prompts, seed=session.recipe.seed)
+    return told
 
 
-def _preservation(session: Session, original: JudgedSet, erased: JudgedSet) -> dict[str, Any] | None:
+def preservation_of(session: Session, original: JudgedSet, erased: JudgedSet) -> dict[str, Any] | None:
+    """The mean of the preservation metric over two sets at the same noise; None where the recipe names none."""
     if session.preservation is None:
         return None
     metric = session.preservation()
     metric.update(images=erased.images, references=original.images, prompts=erased.prompts)
-    return {"metric": metric.name, **scores.mean(metric.compute(), seed=session.recipe.seed)}
+    told = scores.mean(metric.compute(), prompts=erased.prompts, seed=session.recipe.seed)
+    return {"metric": metric.name, **told}

@@ -28,8 +28,11 @@ STATE, SEARCH = "state.safetensors", "search"
 def from_original(original: Stage, stage: Stage, encoder: str) -> bool:
     """Take over the original model's search where it cannot differ: it saw only the text encoder, which is the same.
 
-    `Target` is what proves it: the attack had no access to the denoiser and asked for no image.
+    `Target` is what proves it: the attack had no access to the denoiser and asked for no image. Where the original was
+    not attacked, there is nothing to take.
     """
+    if not original.finished:
+        return False
     manifest = original.require("attack")
     if "not_defined" in manifest or manifest["search_needs_denoiser"] or manifest["text_encoder"] != encoder:
         return False

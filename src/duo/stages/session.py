@@ -18,17 +18,18 @@ from duo import parallel, plugins, rundir
 from duo.artefacts import find_artefact
 from duo.concept import Concept, NearMiss, load_concept
 from duo.delta import Delta
-from duo.errors import UserError, did_you_mean
+from duo.errors import Problems, UserError, did_you_mean
 from duo.fields import LeafConfig, as_table, build_fields
 from duo.models import EMBEDDED, load_family, usable_device, written_out
 from duo.pairs import ENDINGS
-from duo.plugins import Family, Judge, Metric, Precision
+from duo.plugins import Access, Family, Judge, Metric, Precision
 from duo.precision import prepare_denoiser
 from duo.promptsets import PromptFile, PromptRow, PromptSource, read_prompts
-from duo.recipe import FEWEST_CAPTIONS, NOT_MEASURED, Recipe, is_caption_file
+from duo.recipe import FEWEST_CAPTIONS, NOT_MEASURED, AttackRow, Recipe, is_caption_file
 from duo.refusal import refuse_where_sexual, refused, texts_of, words_of
 from duo.rundir import RunDir, Stage, StageRun
 from duo.seeds import seed_for
+from duo.stages.starts import starts_of
 
 MODELS = ("original", "erased")
 REFERENCE = "never"  # what the model is called that was trained without the concept
@@ -37,9 +38,10 @@ CAPTIONS, TWINS = "captions", "twins"  # folders beside those of near misses
 # The fields of a recipe that a stage fixes for the rest of the run. Attack rows are compared one by one.
 FIXED = {
     "pairs": ("concept", "model", "model_config", "seed", "sampling", "pairs"),
-    "erase": ("concept", "model", "model_config", "seed", "method", "erased"),
+    "erase": ("concept", "model", "model_config", "seed", "method", "erased", "hardening"),
     "score": ("validation", "attack_images", "block", "attacks", "reference", "score"),
 }
+HARDENED = "hardened"  # in a delta's record: {"rounds", "attacks"} that the erasure was hardened by
 RECORDED_VERSIONS = ("duo-unlearning", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 
 
@@ -71,29 +73,31 @@ class Session:
         self.method = None if recipe.method is None else recipe.method.make("methods", "method")
         self.artefact = None if recipe.erased is None else find_artefact(recipe.erased)
         self.attacks = {row.row: row.make() for row in recipe.attacks}
-        self.recipe = _resolved(recipe, self.concept, self.method, self.attacks)
+        self.hardening = {row.row: row.make("hardening") for row in _hardening_rows(recipe)}
+        self.recipe = _resolved(recipe, self.concept, self.method, self.attacks, self.hardening)
         which = "curator" if recipe.validation else "judge"  # who decides in scores must not decide what is scored
         self.judge_config: LeafConfig = getattr(self.concept, which)
-        self.judge: Judge = self.judge_config.make("judges", f"concept {self.concept.name}: {which}")
-        self.curator: Judge = self.concept.curator.make("judges", f"concept {self.concept.name}: curator")
+        missing = Problems()  # networks that judges and metrics lack, told together
+        self.judge: Judge = missing.take(lambda: self._judge(which, self.judge_config))
+        self.curator: Judge = missing.take(lambda: self._judge("curator", self.concept.curator))
         self.near_miss_judges: dict[str, Judge] = {
-            name: near.judge.make("judges", f"concept {self.concept.name}: near_miss.{name}.judge")
+            name: missing.take(partial(self._judge, f"near_miss.{name}.judge", near.judge))
             for name, near in self.near_misses.items()
             if near.judge is not None
         }
-        self.preservation: Callable[[], Metric] | None = self._metric("preservation")
-        self.adherence: Any = self._metric("adherence")
-        self.agreement: Callable[[], Metric] | None = self._metric("agreement")
-        self.quality: dict[str, Callable[[], Any]] = self._quality()
+        self.preservation: Callable[[], Metric] | None = missing.take(lambda: self._metric("preservation"))
+        self.adherence: Any = missing.take(lambda: self._metric("adherence"))
+        self.agreement: Callable[[], Metric] | None = missing.take(lambda: self._metric("agreement"))
+        captioned = () if recipe.score.captions == NOT_MEASURED else recipe.score.quality
+        self.quality: dict[str, Callable[[], Any]] = {
+            name: missing.take(partial(self._made, name, "quality")) for name in captioned
+        }
+        missing.tell()
         for name in recipe.score.metrics:
             plugins.load("metrics", name)  # a name that is none is told
         self._check_adherence()
-        before: set[str] = set()
-        for row in recipe.attacks:
-            found_by = getattr(self.attacks[row.row], "found_by", None)
-            if found_by is not None and found_by not in before:
-                raise UserError(f"attacks.{row.row}.found_by is {found_by!r}; name an attack row that stands before it")
-            before.add(row.row)
+        _check_found_by(self.attacks, "attacks")
+        self._check_hardening()
         for name in recipe.prompt_sets:
             if name == UNRELATED or name in self.concept.sets(validation=recipe.validation).prompts:
                 raise UserError(f"prompt_sets.{name} has the name of a set of the concept; give it another")
@@ -138,6 +142,11 @@ class Session:
         theirs = self.concept.pairs
         return self.recipe.pairs.prompts or tuple(zip(theirs.unsafe, theirs.safe, strict=True))
 
+    @property
+    def attack_pairs(self) -> Sequence[tuple[str, str]]:
+        """Prompts and captions of the fresh images that attacks learn from."""
+        return self.concept.attack_pairs
+
     def prompts(self, name: str) -> tuple[str, ...]:
         """One set of the concept's prompts, of the recipe's split, or a set of others that the recipe names."""
         if name in self.recipe.prompt_sets:
@@ -149,6 +158,10 @@ class Session:
         if name not in self._prompt_files:
             self._prompt_files[name] = read_prompts(self.recipe.prompt_sets[name])
         return self._prompt_files[name]
+
+    def prompts_digest(self, name: str) -> str | None:
+        """Of a set of prompts that the recipe brings; None of the concept's own, which that one's digest covers."""
+        return self.prompt_file(name).digest if name in self.recipe.prompt_sets else None
 
     @property
     def near_misses(self) -> Mapping[str, NearMiss]:
@@ -294,6 +307,18 @@ class Session:
             return bool(self.artefact.droppable)
         return Delta.load(self.dir.erasure()[0]).kind != "weights"
 
+    @cached_property
+    def hardened_by(self) -> tuple[str, ...]:
+        """The attacks that the erasure was hardened against, as its delta says; of what is no delta none is known."""
+        if not self._attaches:
+            return ()
+        delta = Delta.load(self.dir.erasure()[0]) if self.artefact is None else self.artefact.delta()
+        told = delta.record.get(HARDENED, {"attacks": []})
+        names = told.get("attacks") if isinstance(told, dict) else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"the delta's record has a {HARDENED!r} that lists no attacks; erase anew")
+        return tuple(names)
+
     @contextmanager
     def _original(self) -> Iterator[Family]:
         yield self.model
@@ -334,38 +359,26 @@ class Session:
             sampling=self.recipe.sampling,
         )
 
+    def _judge(self, field: str, judge: LeafConfig) -> Judge:
+        made: Judge = judge.make("judges", f"concept {self.concept.name}: {field}")
+        return made
+
     def _metric(self, field: str) -> Any:
         """What makes the metric that a field of `score` names, or None where it says that there is none."""
         name = getattr(self.recipe.score, field)
-        if name == NOT_MEASURED:
-            return None
-        made = self._made(name, field)
-        metric = made()
-        if hasattr(metric, "features"):
-            raise UserError(
-                f"score.{field}: the metric {name!r} is of sets of images, and gives none of one; see quality"
-            )
-        if field == "agreement" and getattr(metric, "needs_references", True):
-            raise UserError(f"score.agreement: the metric {name!r} does not compare images with prompts alone")
-        return made
-
-    def _quality(self) -> dict[str, Callable[[], Any]]:
-        """What makes each metric of `score.quality`, where there are captions to measure it on."""
-        score = self.recipe.score
-        if score.captions == NOT_MEASURED:
-            return {}
-        made = {name: self._made(name, "quality") for name in score.quality}
-        for name, make in made.items():
-            metric = make()
-            if not hasattr(metric, "features") and getattr(metric, "needs_references", True):
-                raise UserError(
-                    f"score.quality: the metric {name!r} is neither of sets of images nor of images and their prompts"
-                )
-        return made
+        return None if name == NOT_MEASURED else self._made(name, field)
 
     def _made(self, name: str, field: str) -> Callable[[], Any]:
-        """What makes a metric with the recipe's settings; networks of its that are missing are told."""
-        if name.startswith(EMBEDDED[0]) and not _in_the_world(self.recipe, self.concept):
+        """What makes a metric with the recipe's settings; networks of its that are missing are told.
+
+        Raises `UserError` before that where it is no metric for the field of `score`.
+        """
+        if fault := _unfit(field, plugins.load("metrics", name)):
+            known = [one for one in plugins.names("metrics") if self._known(one)]
+            fitting = [one for one in known if _unfit(field, plugins.load("metrics", one)) is None]
+            fitting += [] if field == "quality" else [NOT_MEASURED]
+            raise UserError(f"score.{field}: the metric {name!r} {fault}; it can be {', '.join(fitting)}")
+        if not self._known(name):
             raise UserError(
                 f"score.{field} is {name!r}, which knows the embedded world alone; name a metric for "
                 f"{self.recipe.model!r}, or {NOT_MEASURED!r} to go without"
@@ -375,12 +388,17 @@ class Session:
         if settings and not is_dataclass(leaf):
             raise UserError(f"{where}: the metric {name!r} has no fields; leave the table out")
         make = partial(build_fields, leaf, settings, where) if settings else leaf
-        if hasattr(leaf, "check"):
+        metric = make()
+        if hasattr(metric, "check"):
             try:
-                make().check()
+                metric.check()
             except UserError as error:
                 raise UserError(f"score.{field} is {name!r}: {error}") from error
         return make
+
+    def _known(self, metric: str) -> bool:
+        """Whether a metric can say something of the run's images: those of the embedded world know drawings alone."""
+        return not metric.startswith(EMBEDDED[0]) or _in_the_world(self.recipe, self.concept)
 
     def _captions(self) -> tuple[PromptRow, ...]:
         """The captions that quality is measured on, those apart that may not be rendered; none where it is not."""
@@ -439,8 +457,6 @@ class Session:
     def _check_adherence(self) -> None:
         """Near misses that are told by an attribute need the metric; those that a judge tells do not."""
         name = self.recipe.score.adherence
-        if self.adherence is not None and not hasattr(self.adherence(), "by_attribute"):
-            raise UserError(f"score.adherence: the metric {name!r} does not tell attributes apart")
         told = next((miss for miss, near in self.near_misses.items() if near.attribute is not None), None)
         if self.adherence is None and told is not None:
             raise UserError(
@@ -448,9 +464,32 @@ class Session:
                 f"{name!r}; name a metric there, give the near miss a judge, or set score.near_miss to 0"
             )
 
+    def _check_hardening(self) -> None:
+        """What rounds of hardening need: a method that learns from pairs, attacks that images teach, and prompts."""
+        settings = self.recipe.hardens
+        if settings is None:
+            return
+        assert self.recipe.method is not None and self.method is not None  # the recipe saw to it
+        if not self.method.takes_pairs:
+            raise UserError(
+                f"hardening: what comes back is learned from as pairs, and the method {self.recipe.method.name!r} "
+                "takes none; set hardening.rounds to 0, or take a method that learns from pairs"
+            )
+        for row in settings.attacks:
+            if self.hardening[row.row].access == Access.WEIGHTS:
+                raise UserError(
+                    f"hardening.attacks.{row.row}: the attack {row.name!r} changes the weights, against which no pair "
+                    "helps; leave it out, or watch it as one of held_out"
+                )
+        for name in (UNRELATED, *(row.prompts for row in _hardening_rows(self.recipe))):
+            self.concept.prompt_set(name, validation=True)
+        _check_found_by(self.hardening, "hardening")
+        starts_of(self)  # where there are none, that is told
+
     def _refuse_minors(self) -> None:
         """The settings of attacks and method may hold texts too: of a sexual concept they may not mention minors."""
         named = [(f"attacks.{row.row}", as_table(row)) for row in self.recipe.attacks]
+        named += [(f"hardening.{row.row}", as_table(row)) for row in _hardening_rows(self.recipe)]
         named += [] if self.recipe.method is None else [("method", as_table(self.recipe.method))]
         named += [("pairs.prompts", as_table(self.recipe.pairs.prompts))]
         texts = [text for where, table in named for text in texts_of(table, where)]
@@ -472,7 +511,24 @@ class Session:
             )
 
 
-def _resolved(recipe: Recipe, concept: Concept, method: Any, attacks: Mapping[str, Any]) -> Recipe:
+def _hardening_rows(recipe: Recipe) -> tuple[AttackRow, ...]:
+    """The attack rows of hardening, those that are only watched last."""
+    return () if recipe.hardening is None else (*recipe.hardening.attacks, *recipe.hardening.held_out)
+
+
+def _check_found_by(attacks: Mapping[str, Any], where: str) -> None:
+    """Raise `UserError` where an attack takes the prompts of a row that does not stand before it."""
+    before: set[str] = set()
+    for row, attack in attacks.items():
+        found_by = getattr(attack, "found_by", None)
+        if found_by is not None and found_by not in before:
+            raise UserError(f"{where}.{row}.found_by is {found_by!r}; name an attack row that stands before it")
+        before.add(row)
+
+
+def _resolved(
+    recipe: Recipe, concept: Concept, method: Any, attacks: Mapping[str, Any], hardening: Mapping[str, Any]
+) -> Recipe:
     """The recipe with its paths and every field of its leaves written out, for a record must not depend on the folder
     that the command was given in, nor on defaults."""
     recipe = replace(
@@ -492,7 +548,11 @@ def _resolved(recipe: Recipe, concept: Concept, method: Any, attacks: Mapping[st
             reference_images=None if score.reference_images is None else written_out(score.reference_images),
         ),
     )
-    rows = tuple(replace(row, settings=as_table(attacks[row.row])) for row in recipe.attacks)
+    rows = _written_out(recipe.attacks, attacks)
+    if recipe.hardening is not None:
+        old = recipe.hardening
+        used, held_out = (_written_out(own, hardening) for own in (old.attacks, old.held_out))
+        recipe = replace(recipe, hardening=replace(old, attacks=used, held_out=held_out))
     pairs = replace(
         recipe.pairs,
         strength=concept.pairs.strength if recipe.pairs.strength is None else recipe.pairs.strength,
@@ -505,6 +565,27 @@ def _resolved(recipe: Recipe, concept: Concept, method: Any, attacks: Mapping[st
         return replace(recipe, method=made, attacks=rows, pairs=pairs)
     except ValueError as error:  # the concept's strength leaves no step to a recipe of few
         raise UserError(f"concept {concept.name} in this recipe: {error}") from error
+
+
+def _unfit(field: str, metric: type) -> str | None:
+    """Why a metric cannot be what a field of `score` asks for, by its class alone; None where it can."""
+    of_sets, alone = hasattr(metric, "features"), not getattr(metric, "needs_references", True)
+    if field == "quality":
+        fits = of_sets or alone
+        return None if fits else "is neither of sets of images nor of images and their prompts"
+    if of_sets:
+        return "is of sets of images, and gives none of one (see quality)"
+    if field == "adherence":
+        return None if hasattr(metric, "by_attribute") else "does not tell attributes apart"
+    if field == "agreement":
+        return None if alone else "does not compare images with prompts alone"
+    compares = not alone and not hasattr(metric, "by_attribute")
+    return None if compares else "does not compare each image with another"
+
+
+def _written_out(rows: Sequence[AttackRow], attacks: Mapping[str, Any]) -> tuple[AttackRow, ...]:
+    """Rows with every setting of their attacks."""
+    return tuple(replace(row, settings=as_table(attacks[row.row])) for row in rows)
 
 
 def versions() -> dict[str, str]:

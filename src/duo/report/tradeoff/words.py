@@ -21,7 +21,7 @@ def method_words(name: str) -> str:
 
 def panel_title(panel: str) -> str:
     """What a panel or column is called."""
-    return {WORST: "Worst case over attacks", CLEAN: "Clean: neither concept nor mush"}.get(
+    return {WORST: "Worst case over attacks", CLEAN: "Clean: neither concept nor spoiled"}.get(
         panel, attack_words(panel).label
     )
 
@@ -84,7 +84,7 @@ def _floor(matched: Mapping[str, Any], analysis: Mapping[str, Any]) -> dict[str,
     names = [row["row"] for row in analysis["rows"]]
     unreliable = {row["row"] for row in analysis["rows"] if not row["reliable"]}
     heads = [plain(panel_title(name)) + (" (unreliable)" if name in unreliable else "") for name in names]
-    head = ["method", "erasures", "strengths", "preservation", *heads, "worst case", "corrupted", "clean"]
+    head = ["method", "erasures", "strengths", "preservation", *heads, "worst case", "spoiled", "clean"]
     marks = {
         (one["panel"], one["method"]): " ▲" if one["difference"] > 0 else " ▼"
         for one in matched["differences"]
@@ -128,7 +128,7 @@ def _points(analysis: Mapping[str, Any]) -> dict[str, Any]:
     fields = {one["method"]: one["field"] for one in analysis["methods"]}
     kept = list(dict.fromkeys(name for point in analysis["points"] for name in point["kept"]))
     head = ["method", "strength", "complete erasures", "preservation", *(plain(panel_title(name)) for name in names)]
-    head += ["worst case", "corrupted", "clean", *(plain(name.replace("_", " ")) for name in kept)]
+    head += ["worst case", "spoiled", "clean", *(plain(name.replace("_", " ")) for name in kept)]
     rows = []
     for point in analysis["points"]:
         field = fields[point["method"]]
