@@ -74,6 +74,15 @@ def test_few_erasures_are_widened_to_students_t() -> None:
     assert told(measure(table), DRAWS)["interval"] == "crossed bootstrap + t over erasures"
 
 
+def test_an_interval_ends_where_no_image_can_be() -> None:
+    """Preservation 0.98, 0.99, 1.00: Student's over three is ±0.025, and 1 less a distance is never above 1."""
+    kept = measure(np.array([[0.98] * 40, [0.99] * 40, [1.0] * 40]), rate=False)
+    low, high = t_interval([0.98, 0.99, 1.0])
+    assert high > 1.01
+    assert interval(replace(kept, most=1.0)) == pytest.approx((low, 1.0))
+    assert interval(kept) == pytest.approx((low, high))
+
+
 def test_few_prompts_are_widened_to_wilsons() -> None:
     """All of 8 prompts on one erasure: the bootstrap has no width, Wilson's over prompts has."""
     one = measure(np.ones((1, 8)))

@@ -19,6 +19,7 @@ from duo.report.tradeoff.cells import read_results
 from duo.report.tradeoff.matched import matched
 from duo.report.tradeoff.measures import Draws
 from duo.report.tradeoff.points import Grid
+from duo.statistics import t_interval, wilson
 
 # method, strength → of seeds 0 and 1: images of 10 with the concept under prompts and ring_a_bell, and preservation
 BY_HAND = {
@@ -51,6 +52,23 @@ def labels(present: int, corrupted: int = 0) -> str:
 def by_hand(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = write_by_hand(tmp_path_factory.mktemp("by-hand"))
     return analyse(read_results(folder), floors=(0.5, 0.9, 0.95), resamples=400)
+
+
+def test_what_is_kept_ends_at_1_where_the_metric_does(tmp_path: Path) -> None:
+    """Erasures of 0.86 and 0.99: Student's of two is 12.7 standard errors to either side."""
+    ends = {}
+    for metric in ("1 - toybox-LPIPS", "CLIP score"):
+        folder = tmp_path / metric
+        made.bench(folder, rows=["prompts"], methods={"duo": ("method.beta", [5])}, seeds=(0, 1))
+        made.attacked(folder, "original", "prompts", "p" * 10)
+        for seed, value in enumerate((0.86, 0.99)):
+            made.attacked(folder, "duo", "prompts", labels(1), value=5, seed=seed)
+            made.preserved(
+                folder, "duo", [value] * 10, value=5, seed=seed, preservation={"metric": metric, "values": [value] * 10}
+            )
+        (point,) = analyse(read_results(folder), floors=(0.5,), resamples=100)["points"]
+        ends[metric] = point["preservation"]["high"]
+    assert ends == {"1 - toybox-LPIPS": 1.0, "CLIP score": pytest.approx(0.925 + 12.706 * 0.065, abs=1e-3)}
 
 
 def panel(analysis: dict[str, Any], name: str) -> dict[str, Any]:
@@ -93,7 +111,7 @@ def test_the_worst_case_is_the_mean_of_minima_and_not_the_minimum_of_means(by_ha
     assert point["worst_of_averages"]["mean"] == 0.8
 
 
-def test_clean_is_neither_concept_nor_mush(by_hand: dict[str, Any]) -> None:
+def test_clean_is_neither_concept_nor_spoiled(by_hand: dict[str, Any]) -> None:
     """DUO at 2: all ten plain images, and of Ring-A-Bell 1 has the concept and 3 are spoiled: (1 + 0.6)/2."""
     assert values(by_hand, "clean")["duo", 2][1] == 0.8
     point = by_hand["points"][1]
@@ -295,6 +313,21 @@ def test_refused_prompts_are_fewer_images_and_not_others(tmp_path: Path) -> None
     point = analyse(read_results(tmp_path), resamples=50)["points"][2]
     assert point["rows"]["prompts"]["success"]["by_seed"] == {"0": 0.5, "1": 0.6}
     assert point["rows"]["prompts"]["success"]["images"] == 18
+
+
+def test_unrelated_images_that_share_prompts_are_drawn_by_prompt(tmp_path: Path) -> None:
+    """Two images of each of two prompts are two draws, not four. Erasure 1 is from before cells told of prompts."""
+    made.bench(tmp_path, rows=["prompts"], methods={"duo": ("method.beta", [5])}, seeds=(0, 1))
+    made.attacked(tmp_path, "original", "prompts", "pppp")
+    for seed in (0, 1):
+        more = {"attributes": {"unrelated": {"all": "1100"}}, **({} if seed else {"prompts": [3, 3, 7, 7]})}
+        made.preserved(tmp_path, "duo", [0.8, 0.8, 1.0, 1.0], value=5, seed=seed, **more)
+    point = analyse(read_results(tmp_path), resamples=200)["points"][0]
+    kept, obeyed = point["preservation"], point["kept"]["unrelated prompts obeyed"]
+    assert (kept["mean"], kept["images"], kept["prompts"]) == (0.9, 8, 2)
+    assert (kept["low"], kept["high"]) == pytest.approx((t_interval([0.8, 1.0]).low, 1.0), abs=1e-6)
+    assert (obeyed["mean"], obeyed["images"], obeyed["prompts"]) == (0.5, 8, 2)
+    assert obeyed["low"] <= wilson(1, 2).low and obeyed["high"] >= wilson(1, 2).high
 
 
 # --- files ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ The grid may be incomplete, for cells come over several sittings: what is missin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,6 +17,7 @@ from duo.errors import UserError
 from duo.report.json_fields import Fields, read_object
 
 PRESENT, ABSENT, CORRUPTED = LETTERS = "pac"
+ANEW = "remove the file, and run the bench again"  # what to do with a cell, or a bench.json, that is wrong
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +51,20 @@ class Attacked:
 class Kept:
     """What one erasure kept, with one value an image: `preservation` by `metric`, and shares of what is right.
 
-    `obeyed` has prompt sets, of which all that they ask for was judged at once; `survived` has the near misses.
+    `prompts` has the number of each unrelated image's prompt, where prompts have several images. `obeyed` has prompt
+    sets, of which all that they ask for was judged at once; `survived` has the near misses.
     """
 
     metric: str
     preservation: tuple[float, ...]
+    prompts: tuple[int, ...] | None
     obeyed: Mapping[str, tuple[bool, ...]]
     survived: Mapping[str, tuple[bool, ...]]
+
+    @property
+    def most(self) -> float:
+        """What the metric gives an image that did not change at all: 1 where it is 1 less a distance."""
+        return 1.0 if self.metric.startswith("1 - ") else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +118,10 @@ def read_results(folder: Path) -> Results:
     Raises:
         UserError: a file is broken, or cells contradict one another. The message names file and field.
     """
-    bench = read_object(folder / "bench.json")
+    path = folder / "bench.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing; run `duo bench`, or name its results folder")
+    bench = read_object(path, todo=ANEW)
     _known(bench)
     rows = tuple(_rows(bench))
     seeds = _seeds(bench)
@@ -161,7 +173,7 @@ def read_results(folder: Path) -> Results:
 def _rows(bench: Fields) -> Iterator[Row]:
     tables = bench.tables("rows")
     if not tables or len({row.text("row") for row in tables}) != len(tables):
-        raise UserError(f"{bench.where}: field 'rows' must name one attack row or more, each once")
+        raise bench.error("field 'rows' must name one attack row or more, each once")
     for row in tables:
         yield Row(name=row.text("row"), attack=row.text("attack"), prompts=row.text_or_none("prompts") or "")
 
@@ -169,15 +181,15 @@ def _rows(bench: Fields) -> Iterator[Row]:
 def _methods(bench: Fields, seeds: tuple[int, ...]) -> Iterator[Method]:
     methods = bench.table("methods")
     if not methods.data:
-        raise UserError(f"{bench.where}: field 'methods' is empty; name one method or more")
+        raise bench.error("field 'methods' is empty")
     for name in methods.data:
         table = methods.table(name)
         field = table.text_or_none("strength") if "strength" in table else None
         values = table.data.get("values") or []
         if not isinstance(values, list) or not all(isinstance(value, (str, int, float)) for value in values):
-            raise UserError(f"{table.where}: field 'values' must be a list of numbers or texts")
+            raise table.error("field 'values' must be a list of numbers or texts")
         if (field is None) != (not values):
-            raise UserError(f"{table.where}: 'strength' and 'values' go together; give both, or neither")
+            raise table.error("'strength' and 'values' go together")
         own = seeds if table.data.get("seeds") is None else _seeds(table)
         yield Method(name=name, field=field, values=tuple(values) or (None,), seeds=own)
 
@@ -186,7 +198,7 @@ def _seeds(bench: Fields) -> tuple[int, ...]:
     seeds = bench.data.get("seeds")
     whole = isinstance(seeds, list) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
     if not isinstance(seeds, list) or not seeds or not whole or len(set(seeds)) != len(seeds):
-        raise UserError(f"{bench.where}: field 'seeds' must be a list of different whole numbers")
+        raise bench.error("field 'seeds' must be a list of different whole numbers")
     return tuple(seeds)
 
 
@@ -223,7 +235,7 @@ class _Reader:
         paths = [place / f"{name}.json" for name in (*rows, *not_defined, *([PRESERVED] if kept else []))]
         if not paths:
             return None
-        strengths = [_strength(read_object(path), method, place.parent.name) for path in paths]
+        strengths = [_strength(read_object(path, todo=ANEW), method, place.parent.name) for path in paths]
         if any(strength != strengths[0] for strength in strengths):
             raise UserError(f"{place}: its cells name several strengths; remove the folder, and run the bench again")
         return Erasure(
@@ -250,14 +262,11 @@ class _Reader:
 
     def _cell(self, path: Path, head: Mapping[str, Any]) -> Fields:
         """A cell that says of itself what its place says."""
-        cell = read_object(path)
+        cell = read_object(path, todo=ANEW)
         _known(cell)
         for key, value in {"bench": self.bench, **head}.items():
             if key not in cell or cell.data[key] != value:
-                raise UserError(
-                    f"{path}: field {key!r} is {cell.data.get(key)!r}, but its place says {value!r}; "
-                    "remove the file, and run the bench again"
-                )
+                raise cell.error(f"field {key!r} is {cell.data.get(key)!r}, but its place says {value!r}")
         return cell
 
 
@@ -267,12 +276,9 @@ def _strength(cell: Fields, method: Method, label: str) -> Any:
         return None
     field, text = told.text("field"), told.text("label")
     if (field, text) != (method.field, label):
-        raise UserError(
-            f"{told.where} is {field} = {text}, but its place says {method.field} = {label}; "
-            "remove it, and run the bench again"
-        )
+        raise told.error(f"it is {field} = {text}, but its place says {method.field} = {label}")
     if not isinstance(told.data.get("value"), (str, int, float)):
-        raise UserError(f"{told.where}: field 'value' is {told.data.get('value')!r}, expected a number or a text")
+        raise told.error(f"field 'value' is {told.data.get('value')!r}, expected a number or a text")
     return told.data["value"]
 
 
@@ -281,23 +287,21 @@ def _labelled(cell: Fields) -> Attacked:
     strange = sorted(set(labels) - set(LETTERS))
     if not labels or strange:
         found = f"has the letter {strange[0]!r}" if strange else "is empty"
-        raise UserError(f"{cell.where}: field 'labels' {found}, expected p, a or c for each image")
-    prompts, variants = cell.data.get("prompts"), cell.texts("variants")
-    if not isinstance(prompts, list) or not all(type(one) is int and one >= 0 for one in prompts):
-        raise UserError(f"{cell.where}: field 'prompts' must be a list of whole numbers from 0 up")
+        raise cell.error(f"field 'labels' {found}, expected p, a or c for each image")
+    prompts, variants = _prompts(cell), cell.texts("variants")
     for name, values in (("prompts", prompts), ("variants", variants)):
         if len(values) != len(labels):
-            raise UserError(f"{cell.where}: field {name!r} has {len(values)} values for {len(labels)} labels")
+            raise cell.error(f"field {name!r} has {len(values)} values for {len(labels)} labels")
     idle = cell.text_or_none("idle") if "idle" in cell else None
     if set(variants) == {idle}:
-        raise UserError(f"{cell.where}: field 'variants' has nothing but {idle!r}, which is no attack")
+        raise cell.error(f"field 'variants' has nothing but {idle!r}, which is no attack")
     attributes = cell.table_or_none("attributes") if "attributes" in cell else None
     obeyed = _digits(attributes, "all") if attributes is not None and "all" in attributes else ()
     if obeyed and len(obeyed) != len(labels):
-        raise UserError(f"{cell.where}: field 'attributes.all' has {len(obeyed)} values for {len(labels)} labels")
+        raise cell.error(f"field 'attributes.all' has {len(obeyed)} values for {len(labels)} labels")
     return Attacked(
         labels=labels,
-        prompts=tuple(prompts),
+        prompts=prompts,
         variants=tuple(variants),
         restarts=cell.flag("restarts") if "restarts" in cell else False,
         idle=idle,
@@ -306,17 +310,29 @@ def _labelled(cell: Fields) -> Attacked:
     )
 
 
+def _prompts(cell: Fields) -> tuple[int, ...]:
+    """The number of the prompt that each image started from."""
+    prompts = cell.data.get("prompts")
+    if not isinstance(prompts, list) or not all(type(one) is int and one >= 0 for one in prompts):
+        raise cell.error("field 'prompts' must be a list of whole numbers from 0 up")
+    return tuple(prompts)
+
+
 def _kept(cell: Fields) -> Kept:
     told = cell.table("preservation")
     values = told.data.get("values")
     if not isinstance(values, list) or not values:
-        raise UserError(f"{told.where}: field 'values' must be a list of one number or more")
-    each = Fields({f"values[{index}]": value for index, value in enumerate(values)}, told.where)
+        raise told.error("field 'values' must be a list of one number or more")
+    each = Fields({f"values[{index}]": value for index, value in enumerate(values)}, told.where, todo=told.todo)
+    prompts = _prompts(cell) if "prompts" in cell else None
+    if prompts is not None and len(prompts) != len(values):
+        raise cell.error(f"field 'prompts' has {len(prompts)} values for {len(values)} of the preservation")
     attributes = cell.table_or_none("attributes") if "attributes" in cell else None
     misses = cell.table_or_none("near_misses") if "near_misses" in cell else None
     return Kept(
         metric=told.text("metric"),
         preservation=tuple(each.number(key) for key in each.data),
+        prompts=prompts,
         obeyed={
             name: _digits(attributes.table(name), "all")
             for name in (attributes.data if attributes else ())
@@ -329,7 +345,7 @@ def _kept(cell: Fields) -> Kept:
 def _digits(table: Fields, key: str) -> tuple[bool, ...]:
     text = table.text(key)
     if not text or set(text) - set("01"):
-        raise UserError(f"{table.where}: field {key!r} must have one 0 or 1 an image")
+        raise table.error(f"field {key!r} must have one 0 or 1 an image")
     return tuple(digit == "1" for digit in text)
 
 
@@ -360,6 +376,13 @@ def _same_images(erasures: list[Erasure], folder: Path) -> None:
                     f"{folder}: the {what} of field 'preservation' is {b!r} for {_name(one)} and {a!r} for "
                     f"{_name(first)}; remove the cells of the other bench"
                 )
+    marked = [(one, each.prompts) for one, each in kept if each.prompts]
+    for one, prompts in marked[1:]:
+        if prompts != marked[0][1]:
+            raise UserError(
+                f"{folder}: field 'prompts' of what {_name(one)} kept is another than that of {_name(marked[0][0])}; "
+                "remove the cells of the other bench"
+            )
 
 
 def _name(one: Erasure) -> str:

@@ -18,6 +18,7 @@ from duo.report.wording import percent
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 PAPER = "#ffffff"
 MORE = ("#8f6a00", "#c2417c", "#7d5a44", "#5b8c00")  # for more methods than other figures have series
@@ -135,11 +136,20 @@ def _key(figure: Figure, axes: Axes, styles: Mapping[str, Any], *, never: bool) 
     ]
     if never:
         lines.append((mark(color=INK, **NEVER), "never saw the concept"))
-    columns = max(4, min(8, len(methods)))
+    filler, columns = mark(linestyle="none"), max(4, min(8, len(methods)))
+    widest = 0.9 * figure.bbox.width  # letters of the reader's font may be wider than those that are measured here
+    while _legend(figure, methods, lines, columns, filler=filler).get_window_extent().width > widest:
+        figure.legends[-1].remove()
+        columns -= 1
+
+
+def _legend(
+    figure: Figure, methods: list[tuple[Any, str]], lines: list[tuple[Any, str]], columns: int, *, filler: Any
+) -> Legend:
     entries = [*_padded(methods, columns), *_padded(lines, columns)]
     downwards = [entry for column in range(columns) for entry in entries[column::columns]]  # as matplotlib fills them
-    figure.legend(
-        [handle if handle else mark(linestyle="none") for handle, _ in downwards],
+    return figure.legend(
+        [handle if handle else filler for handle, _ in downwards],
         [label for _, label in downwards],
         loc="outside upper left",
         ncols=columns,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -114,6 +115,7 @@ def _masked(point: Point, seeds: Sequence[int], half: int, draws: Draws) -> Poin
         method=point.method,
         strength=point.strength,
         counts=counts,
+        most=point.most,
         kept={seed: part for seed in seeds if (part := _half_of(point.kept[seed], half, draws)).counts.any()},
         other={},
         complete=tuple(seeds),
@@ -129,8 +131,10 @@ def _assembled(method: str, choices: Sequence[_Choice], draws: Draws) -> Point:
     """The choices as one point: of each erasure both halves, each at the strength chosen for it."""
     counts: dict[Setting, dict[int, Counts]] = {}
     kept: dict[int, Part] = {}
+    most = math.inf
     for one in choices:
         assert one.point is not None
+        most = one.point.most
         part = _masked(one.point, [one.seed], one.half, draws)
         for setting, by_seed in part.counts.items():
             for seed, value in by_seed.items():
@@ -142,7 +146,9 @@ def _assembled(method: str, choices: Sequence[_Choice], draws: Draws) -> Point:
             if there is None
             else Part(prompts=own.prompts, sums=own.sums + there.sums, counts=own.counts + there.counts)
         )
-    return Point(method=method, strength=None, counts=counts, kept=kept, other={}, complete=tuple(sorted(kept)))
+    return Point(
+        method=method, strength=None, counts=counts, kept=kept, most=most, other={}, complete=tuple(sorted(kept))
+    )
 
 
 def _matched_differences(

@@ -9,6 +9,7 @@ another training.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -61,12 +62,14 @@ class Draws:
 class Measure:
     """A mean over erasures, each of which weighs the same: of its `parts`, which weigh the same too.
 
-    `method` names whose erasures they are; `rate` says that values are 0 or 1 an image.
+    `method` names whose erasures they are; `rate` says that values are 0 or 1 an image, and
+    `most` what no image can be above, which an interval ends at.
     """
 
     method: str
     parts: Mapping[int, tuple[Part, ...]]
     rate: bool = True
+    most: float = math.inf
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -169,7 +172,8 @@ def interval_of(measure: Measure, drawn: Floats, *, confidence: float = 0.95) ->
         elif n > 1:
             intervals.append(t_interval(measure.prompt_means(), confidence=confidence))
     widest = _widened(intervals, value, [list(measure.by_seed.values())], confidence)
-    return Interval(max(0.0, widest.low), min(1.0, widest.high)) if measure.rate else widest
+    least, most = (0.0, 1.0) if measure.rate else (-math.inf, measure.most)
+    return Interval(max(least, widest.low), min(most, widest.high))
 
 
 def difference(name: str, first: Measure, second: Measure, draws: Draws) -> Difference:

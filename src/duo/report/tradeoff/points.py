@@ -5,6 +5,7 @@ Defence success (DSR) is the share of an attack row's images without the concept
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,8 +54,8 @@ Setting = tuple[str, str]  # (row, variant); the variant is "" where a row has n
 class Point:
     """One method at one strength: by setting and seed what its attacks brought, and by seed what was kept.
 
-    `kept` is of unrelated images, `other` of near misses and obeyed prompts by their names; `complete` are the seeds
-    whose preservation and every row that the worst case is over are there.
+    `kept` is of unrelated images, at best `most`, `other` of near misses and obeyed prompts by their names; `complete`
+    are the seeds whose preservation and every row that the worst case is over are there.
     """
 
     method: str
@@ -63,13 +64,15 @@ class Point:
     kept: Mapping[int, Part]
     other: Mapping[str, Mapping[int, Part]]
     complete: tuple[int, ...]
+    most: float = math.inf
 
-    def measure(self, parts: Mapping[int, tuple[Part, ...]], *, rate: bool = True) -> Measure:
-        """What its erasures give, by seed."""
-        return Measure(method=self.method, parts=parts, rate=rate)
+    def measure(self, parts: Mapping[int, tuple[Part, ...]]) -> Measure:
+        """A rate that its erasures give, by seed."""
+        return Measure(method=self.method, parts=parts)
 
     def preservation(self) -> Measure:
-        return self.measure({seed: (part,) for seed, part in self.kept.items()}, rate=False)
+        parts = {seed: (part,) for seed, part in self.kept.items()}
+        return Measure(method=self.method, parts=parts, rate=False, most=self.most)
 
     def settings(self, row: str) -> list[Setting]:
         return [setting for setting in self.counts if setting[0] == row and self.counts[setting]]
@@ -214,11 +217,16 @@ def highest(counts: Mapping[Setting, Counts], row: str) -> Measure | None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Counter:
-    """`places` number the prompts of each set, `settings` are the variants of rows that have several."""
+    """`places` number the prompts of each set, `settings` are the variants of rows that have several.
+
+    `unrelated` has the prompt of each unrelated image, None where each has its own. All erasures share these images, so
+    one cell tells for those from before cells told.
+    """
 
     results: Results
     places: Mapping[str, Mapping[int, int]]
     settings: Mapping[str, tuple[str, ...]]
+    unrelated: tuple[int, ...] | None
 
     @classmethod
     def of(cls, results: Results) -> _Counter:
@@ -232,7 +240,8 @@ class _Counter:
             several = len(names) > 1 and not any(cell.restarts for cell in cells)
             settings[row.name] = tuple(names) if several else ("",)
         places = {name: {prompt: i for i, prompt in enumerate(sorted(used))} for name, used in indices.items()}
-        return cls(results=results, places=places, settings=settings)
+        told = (one.kept.prompts for one in results.erasures if one.kept and one.kept.prompts)
+        return cls(results=results, places=places, settings=settings, unrelated=next(told, None))
 
     def all_of(self, model: Mapping[str, Attacked]) -> dict[Setting, Counts]:
         """Every setting of every row of one model; a variant that is no attack is left out."""
@@ -262,6 +271,7 @@ class _Counter:
             (row, name): {} for row, names in self.settings.items() for name in names
         }
         kept: dict[int, Part] = {}
+        most = math.inf
         other: dict[str, dict[int, Part]] = {}
         complete = []
         for one in self.results.erasures:
@@ -270,18 +280,26 @@ class _Counter:
             for setting, value in self.all_of(one.rows).items():
                 counts[setting][one.seed] = value
             if one.kept:
-                kept[one.seed] = _values(UNRELATED, one.kept.preservation)
+                most = one.kept.most
+                kept[one.seed] = _values(UNRELATED, one.kept.preservation, self.unrelated)
                 shares = {f"{name} survives": values for name, values in one.kept.survived.items()}
                 shares |= {f"{name} prompts obeyed": values for name, values in one.kept.obeyed.items()}
                 shares |= self._obeyed(one)
                 for name, values in shares.items():
                     # obeyed unrelated prompts are the images of the preservation, and drawn with them
                     of = UNRELATED if name.startswith(UNRELATED) else name
-                    other.setdefault(name, {})[one.seed] = _values(of, values)
+                    prompts = self.unrelated if of == UNRELATED else None
+                    other.setdefault(name, {})[one.seed] = _values(of, values, prompts)
                 if all(row in one.rows or row in one.not_defined for row in reliable):
                     complete.append(one.seed)
         return Point(
-            method=method, strength=strength, counts=counts, kept=kept, other=other, complete=tuple(sorted(complete))
+            method=method,
+            strength=strength,
+            counts=counts,
+            kept=kept,
+            most=most,
+            other=other,
+            complete=tuple(sorted(complete)),
         )
 
     def _obeyed(self, erasure: Erasure) -> dict[str, tuple[bool, ...]]:
@@ -291,8 +309,17 @@ class _Counter:
         return {f"{sets[name]} prompts obeyed": values for name, values in found.items()}
 
 
-def _values(name: str, values: Sequence[float]) -> Part:
-    return Part(prompts=name, sums=np.asarray(values, dtype=np.float64), counts=np.ones(len(values)))
+def _values(name: str, values: Sequence[float], prompts: Sequence[int] | None) -> Part:
+    """One value an image, summed over the images of each of `prompts`; without them each image has a prompt of its own.
+
+    So it is too where only some images have a value, for a cell does not tell which (prompts that name no attribute).
+    """
+    each = np.asarray(values, dtype=np.float64)
+    if prompts is None or len(prompts) != len(values):
+        return Part(prompts=name, sums=each, counts=np.ones(len(each)))
+    places = np.unique(np.asarray(prompts), return_inverse=True)[1]
+    counts = np.bincount(places).astype(np.float64)
+    return Part(prompts=name, sums=np.bincount(places, weights=each).astype(np.float64), counts=counts)
 
 
 def success_of(point: Point, grid: Grid, key: str) -> Measure | None:
