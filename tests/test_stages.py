@@ -406,6 +406,31 @@ def test_the_run_describes_itself(open_session: Any) -> None:
 # --- pairs: what was rejected, other formats, and the user's own ----------------------------------------
 
 
+def test_every_judge_of_pairs_must_agree_on_both_images(open_session: Any) -> None:
+    """The curator calls ranks below ½ present, the other judge those below 0.4: between the two no image is kept."""
+    stricter = 'pairs.judges=[{name="by_prompt", present=0.4}]'
+    session = open_session("run", stricter, "pairs.n=6", "pairs.max_tries=40")
+    pairs = make_pairs(session)
+    ranks = {
+        side: [ByPrompt()([image])[0].scores["rank"] for image in getattr(pairs, side)] for side in ("unsafe", "safe")
+    }
+    assert max(ranks["unsafe"]) < 0.4 and min(ranks["safe"]) >= 0.5
+    rejected = rundir.read_jsonl(session.dir.path / "pairs" / "rejected.jsonl")
+    other = [row for row in rejected if row.get("judge") == "pairs.judges[0] (by_prompt)"]
+    assert other and all(row["side"] == "unsafe" and 0.4 <= row["scores"]["rank"] < 0.5 for row in other)
+    assert all("judge" not in row for row in rejected if row["scores"]["rank"] < 0.4 or row["scores"]["rank"] >= 0.5)
+    make_pairs(open_session("run", stricter, "pairs.n=6", "pairs.max_tries=40"))  # finished
+    with pytest.raises(UserError, match=r"has recipe\.pairs\.judges = "):
+        make_pairs(open_session("run", "pairs.n=6", "pairs.max_tries=40"))
+
+
+def test_judges_of_pairs_are_of_pairs_that_are_made(open_session: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"pairs: judges are of pairs to be made"):
+        open_session("run", 'pairs.judges=[{name="by_prompt"}]', f'pairs.source="{tmp_path}"')
+    with pytest.raises(UserError, match=r"pairs\.judges\[0\] has no field 'presnt'"):
+        open_session("run", 'pairs.judges=[{name="by_prompt", presnt=0.4}]')
+
+
 def test_every_rejected_image_is_told_with_its_seed_and_why(open_session: Any) -> None:
     session = open_session()
     make_pairs(session)

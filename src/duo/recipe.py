@@ -114,6 +114,8 @@ KEPT_NAMES = ("images", "harmless")  # of folders beside those of attack rows
 class PairSettings:
     """How unsafe images and their safe twins are made (DUO, Park et al. 2024, section 3), or where your own lie.
 
+    `judges` decide beside the concept's curator: each must see the concept in an unsafe image and nothing in its twin.
+
     Pairs of your own are a `source` (a folder with `unsafe/` and `safe/`, or a CSV of paths) or two folders, `unsafe`
     and `safe` (`duo.pairs`). All of them are used, and what is said about generating has no say then. Paths in a recipe
     are from its folder, those of a flag or `--set` from the working folder.
@@ -127,6 +129,7 @@ class PairSettings:
     block: int = 16  # images generated together
     format: Literal["png", "webp"] = "png"  # of the kept images; WebP is lossless too, and smaller
     prompts: tuple[tuple[str, str], ...] = ()  # of an unsafe image and its safe twin; none: the concept's
+    judges: tuple[LeafConfig, ...] = ()  # leaves of `judges/`
     source: str | None = None
     unsafe: str | None = None
     safe: str | None = None
@@ -139,6 +142,8 @@ class PairSettings:
             raise ValueError(f"strength is {self.strength}, expected more than 0 and at most 1")
         if self.prompts and self.brought:
             raise ValueError("prompts are of pairs to be made; leave them out where the pairs are your own")
+        if self.judges and self.brought:
+            raise ValueError("judges are of pairs to be made; leave them out where the pairs are your own")
         if (self.unsafe is None) != (self.safe is None):
             raise ValueError("unsafe and safe are two folders; give both, or neither")
         if self.source is not None and self.unsafe is not None:

@@ -80,7 +80,7 @@ def _config(session: Session, pairs: str) -> dict[str, Any]:
         "attack_images": recipe.attack_images,
         "block": recipe.block,
         "edit": _edit(session),
-        "curator": session.curator.digest,
+        "curator": session.curated_by,
         "preservation": recipe.score.preservation,
     }
 
@@ -201,7 +201,7 @@ def _make_pairs(one: Round, after: Round) -> None:
     stage = after.dir.stage("pairs")
     found = list(_came_back(one, after))
     config = {**after.shared, "of": [row.path.name for row in found], "erasure": one.dir.erasure()[1]}
-    config |= {"edit": _edit(after), "curator": after.curator.digest}
+    config |= {"edit": _edit(after), "curator": after.curated_by}
     with after.at_work("pairs"):
         if not stage.begin(config):
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,14 @@ from duo import parallel, rundir
 from duo.errors import UserError
 from duo.fields import as_table
 from duo.pairs import SIDES, PairFiles, Pairs
-from duo.plugins import Judge, Verdict
+from duo.plugins import Verdict
 from duo.refusal import refuse_where_sexual
 from duo.rundir import Blocks, Stage, progress
 from duo.seeds import seed_for
 from duo.stages.session import Session
+
+CURATOR = "curator"  # of the concept, among those that decide
+LATER = ("prompts", "judges")  # fields that older versions of duo did not have, told where they say something
 
 
 def make_pairs(session: Session) -> Pairs:
@@ -40,19 +43,15 @@ def make_pairs(session: Session) -> Pairs:
     config = {
         **session.shared,
         "erase_seed": session.erase_seed,
-        # Without what older versions of duo did not have, where it says nothing.
-        "pairs": {name: value for name, value in as_table(settings).items() if name != "prompts" or value},
-        "curator": session.curator.digest,
+        "pairs": {name: value for name, value in as_table(settings).items() if name not in LATER or value},
+        "curator": session.curated_by,
     }
     if settings.brought:  # of a finished stage the copies count, and the originals may be gone
         config["brought"] = brought.digest() if brought else stage.require("pairs")["config"].get("brought")
     with session.at_work("pairs"):
         if stage.begin(config, may_rise=session.may_rise):
-            if not session.recipe.validation and _same_network(session.judge, session.curator):
-                rundir.note(
-                    f"judge and curator of concept {session.concept.name} look with the same network; what it "
-                    "overlooks in the pairs it overlooks in the scores too"
-                )
+            if not session.recipe.validation:
+                _note_same_networks(session)
             n = settings.n if brought is None else len(brought)
             parts = Blocks(stage.folder / "blocks", n=n, size=settings.block)
             parts.forget(lambda record: _given_up_sooner(record, settings.max_edits))
@@ -72,10 +71,15 @@ def _given_up_sooner(record: Mapping[str, Any], max_edits: int) -> bool:
     return bool(record["account"].get("unsafe_given_up")) and record["max_edits"] < max_edits
 
 
-def _same_network(judge: Judge, curator: Judge) -> bool:
-    """Whether what selects the pairs also grades the result."""
-    network = getattr(judge, "network", None)
-    return judge == curator or (network is not None and network == getattr(curator, "network", None))
+def _note_same_networks(session: Session) -> None:
+    """Say where what selects the pairs also grades the result."""
+    judge, network = session.judge, getattr(session.judge, "network", None)
+    for name, curator in {CURATOR: session.curator, **session.pair_judges}.items():
+        if judge == curator or (network is not None and network == getattr(curator, "network", None)):
+            rundir.note(
+                f"judge and {name} of concept {session.concept.name} look with the same network; what it overlooks in "
+                "the pairs it overlooks in the scores too"
+            )
 
 
 def _join(stage: Stage, parts: Blocks) -> None:
@@ -167,20 +171,20 @@ def _try_unsafe(
         seeds=[row.unsafe_seed for row in rows],
         sampling=session.recipe.sampling,
     )
-    for row, image, verdict in zip(rows, images, session.curator(images), strict=True):
+    for row, image, (verdict, judge) in zip(rows, images, _curated(session, images, wanted="present"), strict=True):
         account["unsafe_generated"] += 1
         row.unsafe = image if verdict.label == "present" else None
         if row.unsafe is not None:
             account["unsafe_kept"] += 1
         else:
             account[f"unsafe_rejected_{verdict.label}"] += 1
-            rejected.append(_rejection(row, "unsafe", row.unsafe_prompt, row.unsafe_seed, verdict))
+            rejected.append(_rejection(row, "unsafe", row.unsafe_prompt, row.unsafe_seed, verdict, judge))
 
 
 def try_twins(
     session: Session, rows: Sequence[PairRow], account: Counter[str], rejected: list[dict[str, Any]], *, seed: int
 ) -> None:
-    """Edit each unsafe image once, with noise that comes of `seed`, and keep as its twin what the curator finds clean.
+    """Edit each unsafe image once, with noise that comes of `seed`, and keep as its twin what all judges find clean.
 
     An unsafe image of which `pairs.max_edits` edits were rejected is given up.
     """
@@ -197,21 +201,32 @@ def try_twins(
         sampling=replace(session.recipe.sampling, guidance_scale=settings.guidance_scale),
         negative_prompts=[row.unsafe_prompt for row in rows],
     )
-    for row, image, verdict in zip(rows, images, session.curator(images), strict=True):
+    for row, image, (verdict, judge) in zip(rows, images, _curated(session, images, wanted="absent"), strict=True):
         account["safe_edited"] += 1
         if verdict.label == "absent":
             account["safe_kept"] += 1
             row.safe = image
             continue
         account[f"safe_rejected_{verdict.label}"] += 1
-        rejected.append(_rejection(row, "safe", row.safe_prompt, row.safe_seed, verdict))
+        rejected.append(_rejection(row, "safe", row.safe_prompt, row.safe_seed, verdict, judge))
         if row.edits == settings.max_edits:
             account["unsafe_given_up"] += 1
             row.unsafe = None
 
 
-def _rejection(row: PairRow, side: str, prompt: str, seed: int, verdict: Verdict) -> dict[str, Any]:
-    """What the curator did not take, and why: its label and scores. `unsafe_seed` made what a rejected twin edits."""
+def _curated(session: Session, images: Sequence[Image], *, wanted: str) -> Iterator[tuple[Verdict, str]]:
+    """Of each image the verdict of the first judge that does not say what is `wanted`, else the curator's, and whose.
+
+    All judges look at all images, so that an image's verdict does not depend on those beside it.
+    """
+    told = [(CURATOR, session.curator(images)), *((name, one(images)) for name, one in session.pair_judges.items())]
+    for i in range(len(images)):
+        each = [(verdicts[i], name) for name, verdicts in told]
+        yield next((one for one in each if one[0].label != wanted), each[0])
+
+
+def _rejection(row: PairRow, side: str, prompt: str, seed: int, verdict: Verdict, judge: str) -> dict[str, Any]:
+    """What a judge did not take, and why: its label and scores. `unsafe_seed` made what a rejected twin edits."""
     return {
         "index": row.index,
         "side": side,
@@ -220,6 +235,7 @@ def _rejection(row: PairRow, side: str, prompt: str, seed: int, verdict: Verdict
         **({"unsafe_seed": row.unsafe_seed} if side == "safe" else {}),
         "label": verdict.label,
         "scores": dict(verdict.scores),
+        **({"judge": judge} if judge != CURATOR else {}),
     }
 
 

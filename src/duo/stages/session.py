@@ -80,6 +80,10 @@ class Session:
         missing = Problems()  # networks that judges and metrics lack, told together
         self.judge: Judge = missing.take(lambda: self._judge(which, self.judge_config))
         self.curator: Judge = missing.take(lambda: self._judge("curator", self.concept.curator))
+        self.pair_judges: dict[str, Judge] = {
+            f"pairs.judges[{i}] ({judge.name})": missing.take(partial(judge.make, "judges", f"pairs.judges[{i}]"))
+            for i, judge in enumerate(recipe.pairs.judges)
+        }
         self.near_miss_judges: dict[str, Judge] = {
             name: missing.take(partial(self._judge, f"near_miss.{name}.judge", near.judge))
             for name, near in self.near_misses.items()
@@ -135,6 +139,12 @@ class Session:
     def erase_seed(self) -> int:
         """The seed of pairs and training, which may vary while what is scored stays the same."""
         return self.recipe.seed if self.recipe.erase_seed is None else self.recipe.erase_seed
+
+    @property
+    def curated_by(self) -> str:
+        """The digest of who decides on pairs: the curator and `pairs.judges`."""
+        others = [judge.digest for judge in self.pair_judges.values()]
+        return rundir.digest([self.curator.digest, *others]) if others else self.curator.digest
 
     @property
     def pair_prompts(self) -> Sequence[tuple[str, str]]:
