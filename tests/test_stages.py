@@ -316,6 +316,7 @@ def test_seeds_depend_on_every_part_of_the_purpose() -> None:
         ("score.preservation=closenes", "no metric is called 'closenes'"),
         ("score.adherence=nameds", "no metric is called 'nameds'"),
         ("score.adherence=closeness", "the metric 'closeness' does not tell attributes apart"),
+        ('method={name="redirect", held_prompts=["a boat"]}', "held_prompts has 'a boat', which is in prompts.neutral"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(

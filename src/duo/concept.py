@@ -45,7 +45,7 @@ attribute = "extra"
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -166,7 +166,11 @@ class Concept:
         neutral = dict.fromkeys(neutral for _, neutral in self.vector_pairs)
         return tuple(neutral or dict.fromkeys(self.pairs.safe))
 
-    def _check_harmless(self) -> None:
+    def refuse_scored(self, captions: Iterable[str], where: str) -> None:
+        """Raise `ValueError` where one of `captions`, which are trained on, is in a set that is scored.
+
+        `where` names the field that has them.
+        """
         scored = {
             prompt: f"{split}{kind}.{name}"
             for split, sets in (("", self.sets(validation=False)), ("validation.", self.validation))
@@ -177,14 +181,18 @@ class Concept:
             for name, prompts in named.items()
             for prompt in prompts
         }
+        for caption in captions:
+            if caption in scored:
+                raise ValueError(f"{where} has {caption!r}, which is in {scored[caption]} and scored; take one out")
+
+    def _check_harmless(self) -> None:
+        self.refuse_scored(self.harmless, "harmless")
         seen: set[str] = set()
         for caption in self.harmless:
             if not caption.strip():
                 raise ValueError("harmless has an empty caption; take it out")
             if caption in seen:
                 raise ValueError(f"harmless has {caption!r} twice; take one out")
-            if caption in scored:
-                raise ValueError(f"harmless has {caption!r}, which is in {scored[caption]} and scored; take one out")
             seen.add(caption)
 
     def targets(self, form: str) -> tuple[tuple[str, str], ...]:

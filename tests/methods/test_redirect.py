@@ -161,17 +161,62 @@ def test_prompts_stand_beside_their_images(
     trained = [call for call in asked if call["trained"]]
     assert len(trained) == 4
 
-    def which(row: Tensor, side: str) -> list[int]:
-        return [i for i, text in enumerate(texts[side]) if torch.allclose(text, row, atol=1e-5)]
-
     for call in trained:
+        unsafe, safe = call["text"].embeds[:2], call["text"].embeds[2:4]
         for i in range(2):
-            assert which(call["text"].embeds[i], "unsafe") == which(call["text"].embeds[2 + i], "safe") != []
+            assert _which(texts["unsafe"], unsafe[i]) == _which(texts["safe"], safe[i]) != []
     asked.clear()
     replace(QUICK, max_train_steps=2).erase(tiny_sd, concept, pairs=pairs, run=RecordingRun(tmp_path / "without"))
     empty = tiny_sd.text([""]).embeds
     for call in (one for one in asked if one["trained"]):
         torch.testing.assert_close(call["text"].embeds, empty.expand(6, -1, -1))
+
+
+def test_a_crossed_prompt_is_the_twins_and_the_teacher_keeps_its_own(
+    tiny_sd, pairs: Pairs, concept: SmallFire, tmp_path: Path, asked: list[dict[str, Any]]
+) -> None:
+    texts = {side: tiny_sd.text([row[f"{side}_prompt"] for row in PROMPTS]).embeds for side in ("unsafe", "safe")}
+    found: set[tuple[str, str]] = set()
+    for crossed in (0.5, 1.0):
+        asked.clear()
+        method = replace(QUICK, prompted=1.0, crossed=crossed, unrelated_weight=0.0, max_train_steps=8)
+        method.erase(tiny_sd, concept, pairs=pairs, run=RecordingRun(tmp_path / str(crossed)))
+        calls = [call for call in asked if len(call["t"]) in (2, 4)]
+        for frozen, student in zip(calls[::2], calls[1::2], strict=True):
+            assert (frozen["trained"], student["trained"]) == (False, True)
+            assert torch.equal(frozen["x_t"], student["x_t"][2:])
+            for i in range(2):
+                of = {side: _which(texts[side], student["text"].embeds[i]) for side in texts}
+                (own,) = [side for side in of if of[side]]
+                twin = "safe" if own == "unsafe" else "unsafe"
+                found.add((str(crossed), own))
+                assert _which(texts[twin], student["text"].embeds[2 + i]) == of[own]
+                assert _which(texts["safe"], frozen["text"].embeds[i]) == of[own]
+    assert found == {("0.5", "unsafe"), ("0.5", "safe"), ("1.0", "safe")}
+
+
+def _which(texts: Tensor, row: Tensor) -> list[int]:
+    return [i for i, text in enumerate(texts) if torch.allclose(text, row, atol=1e-5)]
+
+
+def test_held_prompts_take_turns_with_harmless_ones(
+    tiny_sd, pairs: Pairs, concept: SmallFire, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[str] = []
+    generate = type(tiny_sd).generate
+
+    def kept(self: Any, prompts: Any, **more: Any) -> Any:
+        drawn.extend(prompts)
+        return generate(self, prompts, **more)
+
+    monkeypatch.setattr(type(tiny_sd), "generate", kept)
+    method = replace(QUICK, unrelated_images=7, held_prompts=("smoke", "a lantern", "dusk"), max_train_steps=1)
+    method.erase(tiny_sd, concept, pairs=pairs, run=RecordingRun(tmp_path))
+    first, second = concept.harmless  # "a boat", "a car"
+    assert drawn == [first, "smoke", second, "a lantern", first, "dusk", second]
+    drawn.clear()
+    replace(method, held_prompts=()).erase(tiny_sd, concept, pairs=pairs, run=RecordingRun(tmp_path / "without"))
+    assert drawn == [first, second, first, second, first, second, first]
 
 
 def test_pairs_without_prompts(tiny_sd, pairs: Pairs, concept: SmallFire, tmp_path: Path) -> None:
@@ -267,7 +312,9 @@ def test_a_resumed_erasure_ends_with_the_same_file(tiny_sd, pairs: Pairs, concep
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompted": 1.5}, "prompted is 1.5, expected a share"),
+        ({"prompted": 1.5}, "prompted is 1.5, expected a share of the rows"),
+        ({"crossed": -0.5}, "crossed is -0.5, expected a share of the prompted rows"),
+        ({"crossed": 0.5, "preference": "dpo"}, "crossed is for a teacher"),
         ({"towards": "away"}, "towards is 'away'"),
         ({"weighting": "snr"}, "weighting is 'snr'"),
         ({"preference": "ppo"}, "preference is 'ppo'"),
@@ -275,6 +322,8 @@ def test_a_resumed_erasure_ends_with_the_same_file(tiny_sd, pairs: Pairs, concep
         ({"redirect_weight": -1.0}, "redirect_weight is -1"),
         ({"redirect_weight": 0.0}, "nothing would be erased"),
         ({"timestep_range": (0.5, 0.5)}, "timestep_range"),
+        ({"held_prompts": ("smoke", " ")}, "held_prompts has an empty prompt"),
+        ({"held_prompts": ("smoke",), "unrelated_weight": 0.0}, "held_prompts are of unrelated images"),
         ({"targets": ()}, "targets is empty"),
         ({"lora_alpha": 0.0}, "lora_alpha is 0"),
         ({"unrelated_images": 0}, "unrelated_images is 0"),

@@ -11,7 +11,10 @@ So the frozen model teaches the identity everywhere (safe twins, and images u of
 but at unsafe images, where it teaches the step that it would take from the safe twin. At high noise, where twins cannot
 be told apart, that is the identity too, and nothing drifts. Prompts are the pair's own (unsafe to the left of a safe
 teacher) in a share `prompted` of the rows, and what guidance starts from in the others: the first closes the way by
-words, the second those by images and learned words, which no list of prompts has.
+words, the second those by images and learned words, which no list of prompts has. A share `crossed` of the prompted
+rows has the prompt of the pair's other side, with the same teacher. For once the first steps of a sampler have left the
+concept, the image is a safe one and the prompt still the unsafe one, which neither the first nor the second term has
+seen; nor has it an unsafe image that somebody brings with a harmless prompt.
 
 What the study of objectives (docs/beyond.md) compares it with are fields of it: `towards = "twin"` has the safe twin
 itself in the teacher's place; `preference` adds DUO's term with DPO-Positive's penalty, or its IPO or KTO form;
@@ -24,7 +27,7 @@ Meta-Unlearning, Gao et al. 2025, to first order). Only what is trained here is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -62,7 +65,8 @@ class Redirect:
     `weighting` is that of the squared errors over time: "clean" of the implied clean images, "output" of what the
     denoiser puts out, and "min_snr" of the smaller of both (Min-SNR with γ = 1; Hang et al. 2023), which neither blows
     up at high noise nor has almost all its weight at low noise. `train_batch_size` counts pairs a step, and as many
-    unrelated images; `unrelated_images` are drawn for it. `beta` and `positive_penalty` are of the `preference`.
+    unrelated images; `unrelated_images` are drawn for it, every other one of a prompt of `held_prompts` where there are
+    any: those of what resembles the concept and must survive. `beta` and `positive_penalty` are of the `preference`.
     The other fields are as DUO's.
     """
 
@@ -74,7 +78,9 @@ class Redirect:
     keep_weight: float = 1.0
     unrelated_weight: float = 1.0
     unrelated_images: int = 64
+    held_prompts: tuple[str, ...] = ()
     prompted: float = 0.5
+    crossed: float = 0.0
     towards: Literal["teacher", "twin"] = "teacher"
     weighting: Literal["min_snr", "clean", "output"] = "min_snr"
     timestep_range: tuple[float, float] = (0.0, 1.0)
@@ -105,13 +111,22 @@ class Redirect:
         check_above_0(self, "beta", "learning_rate", "max_grad_norm", "resilience_rate", *counts, "checkpointing_steps")
         weights = ("redirect_weight", "keep_weight", "unrelated_weight", "preference_weight", "prior_weight")
         check_from_0(self, *weights, "resilience_weight", "positive_penalty", "weight_decay", "lr_warmup_steps")
-        if not 0 <= self.prompted <= 1:
-            raise ValueError(f"prompted is {self.prompted}, expected a share of the rows, 0 to 1")
+        for name, of in (("prompted", "the rows"), ("crossed", "the prompted rows")):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a share of {of}, 0 to 1")
+        if self.crossed and self.preference != "none":
+            raise ValueError("crossed is for a teacher, and a preference compares errors at one prompt; give either")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
             raise ValueError(f"lora_alpha is {self.lora_alpha}, expected a number above 0, or none for the rank")
         low, high = self.timestep_range
         if not 0 <= low < high <= 1:
             raise ValueError(f"timestep_range is {self.timestep_range}, expected two fractions, 0 ≤ low < high ≤ 1")
+        if not all(prompt.strip() for prompt in self.held_prompts):
+            raise ValueError("held_prompts has an empty prompt; take it out")
+        if self.held_prompts and not self.drawn:
+            raise ValueError(
+                "held_prompts are of unrelated images, but unrelated_weight is 0; give it, or leave them out"
+            )
         if not self.targets:
             raise ValueError("targets is empty, expected at least one scope, such as 'self_attention'")
         if not self.redirect_weight and self.preference == "none":
@@ -123,6 +138,12 @@ class Redirect:
     def drawn(self) -> int:
         """How many unrelated images are drawn."""
         return self.unrelated_images if self.unrelated_weight or self.resilience_weight else 0
+
+    def unrelated_prompts(self, harmless: Sequence[str]) -> list[str]:
+        """The prompt of each unrelated image: the concept's `harmless` ones, and those that are held, in turn."""
+        turns = (harmless, self.held_prompts) if self.held_prompts else (harmless,)
+        each = ((turns[i % len(turns)], i // len(turns)) for i in range(self.drawn))
+        return [prompts[i % len(prompts)] for prompts, i in each]
 
     def passes(self, pairs: int) -> dict[str, int]:
         """What training on so many pairs sends through the networks, in rows (for `duo run --dry-run`)."""
@@ -226,17 +247,24 @@ class Redirect:
         def loss(generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
             chosen, noise, t, prompted = drawn(len(scenes.unsafe), generator)
             x0 = {"unsafe": scenes.unsafe[chosen], "safe": scenes.safe[chosen]}
-            rows = {
+            paired = {
                 side: (process.noised(one, noise, t), t, scenes.text(side, chosen, prompted))
                 for side, one in x0.items()
             }
+            rows = dict(paired)
+            if self.crossed:
+                swapped = torch.rand(n, generator=generator)[own].to(t.device) < self.crossed
+                for side, (x_t, at, _) in paired.items():
+                    rows[side] = x_t, at, scenes.text(side, chosen, prompted, swapped=swapped)
             if self.unrelated_weight:
                 other, other_noise, other_t, other_prompted = drawn(len(scenes.unrelated), generator)
                 x_t = process.noised(scenes.unrelated[other], other_noise, other_t)
                 rows["unrelated"] = (x_t, other_t, scenes.text("unrelated", other, other_prompted))
             if self.prior_weight:
                 rows["prior"] = (*process.terminal(noise), scenes.empty.expand(len(t)))
-            taught = {kind: row for kind, row in rows.items() if kind != "unsafe" or self.preference != "none"}
+            taught = {**rows, **paired}  # each image by its own prompt
+            if self.preference == "none":
+                del taught["unsafe"]
             with trained.disabled():
                 teacher = _predicted(model, taught)
             of_clean = process.x0_scale(t)
@@ -325,9 +353,13 @@ class _Scenes:
     def empty(self) -> Conditioning:
         return self.texts[:1]
 
-    def text(self, kind: str, chosen: Tensor, prompted: Tensor) -> Conditioning:
-        """Of images, (n,), their prompts where `prompted`, (n,), says so."""
-        return self.texts[torch.where(prompted, self.places[kind][chosen], 0)]
+    def text(self, kind: str, chosen: Tensor, prompted: Tensor, *, swapped: Tensor | None = None) -> Conditioning:
+        """Of images, (n,), their prompts where `prompted`, (n,), says so; where `swapped`, (n,), their twins'."""
+        rows = self.places[kind][chosen]
+        if swapped is not None:
+            (twin,) = set(SIDES) - {kind}
+            rows = torch.where(swapped, self.places[twin][chosen], rows)
+        return self.texts[torch.where(prompted, rows, 0)]
 
     @classmethod
     def of(cls, method: Redirect, model: Family, concept: Any, *, pairs: Pairs, run: Run) -> _Scenes:
@@ -343,11 +375,10 @@ class _Scenes:
         with torch.no_grad():
             unsafe, safe = (encode(model, side) for side in (pairs.unsafe, pairs.safe))
             unrelated = unsafe[:0]
+            prompts["unrelated"] = method.unrelated_prompts(concept.harmless)
             if method.drawn:
-                images = draw(model, concept.harmless, n=method.drawn, run=run, name="unrelated")
+                images = draw(model, prompts["unrelated"], n=method.drawn, run=run, name="unrelated")
                 unrelated = encode(model, images)
-            harmless = list(concept.harmless)
-            prompts["unrelated"] = [harmless[i % len(harmless)] for i in range(len(unrelated))]
             rows = {text: i + 1 for i, text in enumerate(dict.fromkeys(chain.from_iterable(prompts.values())))}
             texts = Conditioning.cat([model.unconditional(), encoded(model, list(rows))])
         places = {

@@ -110,6 +110,7 @@ class Session:
         self.captions = self._captions()
         self.references = self._references()
         self._check_names()
+        self._refuse_scored()
         self._refuse_minors()
 
     @cached_property
@@ -495,6 +496,17 @@ class Session:
             self.concept.prompt_set(name, validation=True)
         _check_found_by(self.hardening, "hardening")
         starts_of(self)  # where there are none, that is told
+
+    def _refuse_scored(self) -> None:
+        """What a method trains on may not be scored."""
+        held = getattr(self.method, "held_prompts", ())
+        try:
+            self.concept.refuse_scored(held, "method.held_prompts")
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        for name, prompts in self.recipe.prompt_sets.items():
+            if held and (both := set(held) & set(self.prompts(name))):
+                raise UserError(f"method.held_prompts has {min(both)!r}, which is in {prompts} and scored; take it out")
 
     def _refuse_minors(self) -> None:
         """The settings of attacks and method may hold texts too: of a sexual concept they may not mention minors."""
