@@ -12,7 +12,7 @@ from torch import Tensor
 from duo.delta import Delta
 from duo.errors import UserError
 from duo.losses import squared_error
-from duo.methods.redirect import Redirect
+from duo.methods.redirect import Redirect, named
 from duo.pairs import Pairs
 from duo.plugins import Precision
 from erasing import check_resumed, check_seeded
@@ -195,6 +195,28 @@ def test_a_crossed_prompt_is_the_twins_and_the_teacher_keeps_its_own(
     assert found == {("0.5", "unsafe"), ("0.5", "safe"), ("1.0", "safe")}
 
 
+def test_named_prompts_have_a_word_of_the_concept_beside_them(
+    tiny_sd, pairs: Pairs, concept: SmallFire, tmp_path: Path, asked: list[dict[str, Any]]
+) -> None:
+    images = ["a boat", "a car", "a boat", "a car"]
+    beside = ["burning a boat", "on fire a car", "a boat burning", "a car on fire"]
+    assert named(images, concept.words) == beside
+    plain, said = tiny_sd.text(images[:2]).embeds, tiny_sd.text(beside).embeds
+    found = set()
+    for share in (0.5, 1.0):
+        asked.clear()
+        method = replace(QUICK, prompted=1.0, named=share, unrelated_images=4, max_train_steps=8)
+        method.erase(tiny_sd, concept, pairs=pairs, run=RecordingRun(tmp_path / str(share)))
+        calls = [call for call in asked if len(call["t"]) in (4, 6)]
+        for frozen, student in zip(calls[::2], calls[1::2], strict=True):
+            for i in range(2):
+                (of,) = _which(plain, frozen["text"].embeds[2 + i])
+                words = _which(said, student["text"].embeds[4 + i])
+                assert {word % 2 for word in words} <= {of}
+                found.add((share, bool(words)))
+    assert found == {(0.5, True), (0.5, False), (1.0, True)}
+
+
 def _which(texts: Tensor, row: Tensor) -> list[int]:
     return [i for i, text in enumerate(texts) if torch.allclose(text, row, atol=1e-5)]
 
@@ -314,6 +336,8 @@ def test_a_resumed_erasure_ends_with_the_same_file(tiny_sd, pairs: Pairs, concep
     [
         ({"prompted": 1.5}, "prompted is 1.5, expected a share of the rows"),
         ({"crossed": -0.5}, "crossed is -0.5, expected a share of the prompted rows"),
+        ({"named": 2.0}, "named is 2.0, expected a share of the unrelated prompted rows"),
+        ({"named": 0.5, "unrelated_weight": 0.0}, "named is of unrelated images"),
         ({"crossed": 0.5, "preference": "dpo"}, "crossed is for a teacher"),
         ({"towards": "away"}, "towards is 'away'"),
         ({"weighting": "snr"}, "weighting is 'snr'"),

@@ -14,7 +14,9 @@ teacher) in a share `prompted` of the rows, and what guidance starts from in the
 words, the second those by images and learned words, which no list of prompts has. A share `crossed` of the prompted
 rows has the prompt of the pair's other side, with the same teacher. For once the first steps of a sampler have left the
 concept, the image is a safe one and the prompt still the unsafe one, which neither the first nor the second term has
-seen; nor has it an unsafe image that somebody brings with a harmless prompt.
+seen; nor has it an unsafe image that somebody brings with a harmless prompt. And a share `named` of u's prompted rows
+has a word of the concept beside the prompt, with the same teacher, as Concept Ablation has it: that closes the way by
+words for what u shows, where pairs do it for their own subjects.
 
 What the study of objectives (docs/beyond.md) compares it with are fields of it: `towards = "twin"` has the safe twin
 itself in the teacher's place; `preference` adds DUO's term with DPO-Positive's penalty, or its IPO or KTO form;
@@ -81,6 +83,7 @@ class Redirect:
     held_prompts: tuple[str, ...] = ()
     prompted: float = 0.5
     crossed: float = 0.0
+    named: float = 0.0
     towards: Literal["teacher", "twin"] = "teacher"
     weighting: Literal["min_snr", "clean", "output"] = "min_snr"
     timestep_range: tuple[float, float] = (0.0, 1.0)
@@ -111,7 +114,8 @@ class Redirect:
         check_above_0(self, "beta", "learning_rate", "max_grad_norm", "resilience_rate", *counts, "checkpointing_steps")
         weights = ("redirect_weight", "keep_weight", "unrelated_weight", "preference_weight", "prior_weight")
         check_from_0(self, *weights, "resilience_weight", "positive_penalty", "weight_decay", "lr_warmup_steps")
-        for name, of in (("prompted", "the rows"), ("crossed", "the prompted rows")):
+        shares = {"prompted": "the rows", "crossed": "the prompted rows", "named": "the unrelated prompted rows"}
+        for name, of in shares.items():
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a share of {of}, 0 to 1")
         if self.crossed and self.preference != "none":
@@ -123,6 +127,8 @@ class Redirect:
             raise ValueError(f"timestep_range is {self.timestep_range}, expected two fractions, 0 ≤ low < high ≤ 1")
         if not all(prompt.strip() for prompt in self.held_prompts):
             raise ValueError("held_prompts has an empty prompt; take it out")
+        if self.named and not self.unrelated_weight:
+            raise ValueError("named is of unrelated images, but unrelated_weight is 0; give it, or leave named out")
         if self.held_prompts and not self.drawn:
             raise ValueError(
                 "held_prompts are of unrelated images, but unrelated_weight is 0; give it, or leave them out"
@@ -236,6 +242,10 @@ class Redirect:
             device = scenes.unsafe.device
             return tuple(one[rows].to(device) for one in (chosen, noise, t, prompted))  # type: ignore[return-value]
 
+        def share(of: float, generator: torch.Generator) -> Tensor | None:
+            """Which of this process's rows are among a share of all; None, and nothing drawn, for none."""
+            return torch.rand(n, generator=generator)[own].to(scenes.unsafe.device) < of if of else None
+
         def tuning(kind: str, generator: torch.Generator) -> Tensor:
             """What fine-tuning on images of a kind minimises: on all rows, so that all processes are led alike."""
             latents = scenes.unsafe if kind == "unsafe" else scenes.unrelated
@@ -247,22 +257,24 @@ class Redirect:
         def loss(generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
             chosen, noise, t, prompted = drawn(len(scenes.unsafe), generator)
             x0 = {"unsafe": scenes.unsafe[chosen], "safe": scenes.safe[chosen]}
-            paired = {
-                side: (process.noised(one, noise, t), t, scenes.text(side, chosen, prompted))
-                for side, one in x0.items()
+            noised = {side: (process.noised(one, noise, t), t) for side, one in x0.items()}
+            taught = {side: (*noised[side], scenes.text(side, chosen, prompted)) for side in SIDES}
+            swapped = share(self.crossed, generator)
+            rows = {
+                side: (*noised[side], scenes.text(side, chosen, prompted, instead=twin, where=swapped))
+                for side, twin in (SIDES, SIDES[::-1])
             }
-            rows = dict(paired)
-            if self.crossed:
-                swapped = torch.rand(n, generator=generator)[own].to(t.device) < self.crossed
-                for side, (x_t, at, _) in paired.items():
-                    rows[side] = x_t, at, scenes.text(side, chosen, prompted, swapped=swapped)
             if self.unrelated_weight:
-                other, other_noise, other_t, other_prompted = drawn(len(scenes.unrelated), generator)
-                x_t = process.noised(scenes.unrelated[other], other_noise, other_t)
-                rows["unrelated"] = (x_t, other_t, scenes.text("unrelated", other, other_prompted))
+                other, other_noise, other_t, asked = drawn(len(scenes.unrelated), generator)
+                x_t, said = process.noised(scenes.unrelated[other], other_noise, other_t), share(self.named, generator)
+                taught["unrelated"] = x_t, other_t, scenes.text("unrelated", other, asked)
+                rows["unrelated"] = (
+                    x_t,
+                    other_t,
+                    scenes.text("unrelated", other, asked, instead="named", where=said),
+                )
             if self.prior_weight:
-                rows["prior"] = (*process.terminal(noise), scenes.empty.expand(len(t)))
-            taught = {**rows, **paired}  # each image by its own prompt
+                taught["prior"] = rows["prior"] = (*process.terminal(noise), scenes.empty.expand(len(t)))
             if self.preference == "none":
                 del taught["unsafe"]
             with trained.disabled():
@@ -336,6 +348,12 @@ def _predicted(model: Family, rows: Mapping[str, tuple[Tensor, Tensor, Condition
     return dict(zip(rows, torch.split(whole, [len(one) for one in x_t]), strict=True))
 
 
+def named(prompts: Sequence[str], words: Sequence[str]) -> list[str]:
+    """Prompts with a word of the concept, every word in turn before them, and then behind them."""
+    each = ((prompt, words[i % len(words)], i // len(words) % 2) for i, prompt in enumerate(prompts))
+    return [f"{prompt} {word}" if behind else f"{word} {prompt}" for prompt, word, behind in each]
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Scenes:
     """What is trained on: latents (images, channels, height, width), and each image's prompt, encoded.
@@ -353,12 +371,13 @@ class _Scenes:
     def empty(self) -> Conditioning:
         return self.texts[:1]
 
-    def text(self, kind: str, chosen: Tensor, prompted: Tensor, *, swapped: Tensor | None = None) -> Conditioning:
-        """Of images, (n,), their prompts where `prompted`, (n,), says so; where `swapped`, (n,), their twins'."""
+    def text(
+        self, kind: str, chosen: Tensor, prompted: Tensor, *, instead: str = "", where: Tensor | None = None
+    ) -> Conditioning:
+        """Of images, (n,), their prompts where `prompted`, (n,), says so; `where` says, those of kind `instead`."""
         rows = self.places[kind][chosen]
-        if swapped is not None:
-            (twin,) = set(SIDES) - {kind}
-            rows = torch.where(swapped, self.places[twin][chosen], rows)
+        if where is not None:
+            rows = torch.where(where, self.places[instead][chosen], rows)
         return self.texts[torch.where(prompted, rows, 0)]
 
     @classmethod
@@ -376,6 +395,8 @@ class _Scenes:
             unsafe, safe = (encode(model, side) for side in (pairs.unsafe, pairs.safe))
             unrelated = unsafe[:0]
             prompts["unrelated"] = method.unrelated_prompts(concept.harmless)
+            if method.named:
+                prompts["named"] = named(prompts["unrelated"], concept.words)
             if method.drawn:
                 images = draw(model, prompts["unrelated"], n=method.drawn, run=run, name="unrelated")
                 unrelated = encode(model, images)
