@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -99,3 +100,41 @@ def test_a_search_that_was_kept_by_another_run_is_looked_at_again(
     folder = again.dir.path / "attack" / "bell" / "original"
     assert BAD not in {row["prompt"] for row in rundir.read_jsonl(folder / "attempts.jsonl")}
     assert BAD in {row["prompt"] for row in rundir.read_jsonl(folder / "refused.jsonl")}
+
+
+class FromIds(staged.TextSearch):
+    """Finds a prompt as white-box attacks do: as ids, which are a text only once they are decoded."""
+
+    spelled: ClassVar[Sequence[str]] = ()
+
+    def search(self, target: Any, state: Any, prompt: str, *, generator: Any) -> Iterator[Attempt]:
+        tokenizer = target.tokenizer()
+        ids = tokenizer.convert_tokens_to_ids(list(self.spelled))
+        yield Attempt(prompt=tokenizer.decode(ids), record={"ids": ids})
+
+
+@pytest.mark.parametrize(
+    ("spelled", "mentions"),
+    [
+        (["g", "i", "r", "l</w>"], "girl"),  # letter by letter
+        (["a</w>", "n", "u", "d", "e", "g", "i", "r", "l</w>"], "girl"),  # glued to another word
+        (["1", "5</w>", "y</w>", "o</w>"], "15 y"),
+        (["f", "i", "r", "e</w>"], None),
+    ],
+)
+def test_what_an_attack_found_as_tokens_is_read_once_it_is_decoded(
+    open_adult: Any, spelled: list[str], mentions: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(staged.LEAVES, ("attacks", "text_search"), FromIds)
+    monkeypatch.setattr(FromIds, "spelled", spelled)
+    session = open_adult()
+    from duo.stages.attacking import _search
+    from duo.target import Target
+
+    row = next(row for row in session.recipe.attacks if row.row == "bell")
+    target = Target(
+        session.model, access=FromIds.access, sampling=session.recipe.sampling, adults_only=True, query_limit=0
+    )
+    found = _search(session.attacks["bell"], row, target, {}, "a boat", seed=0)
+    assert [one["mentions"] for one in found.refused] == ([] if mentions is None else [mentions])
+    assert [one.prompt for one in found.attempts] == ([] if mentions else ["fire"])

@@ -439,3 +439,21 @@ def test_a_dry_run_counts_them(open_session: Any) -> None:
     counts = {line[:34].strip(): line[34:].split() for line in lines}
     assert counts["score: captions"][0] == "15"
     assert counts["score: safe twins"][:2] == ["4", str(4 * 2)]  # guidance has two rows; a step of the edit
+
+
+# --- what the evaluation doubts itself by ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0.0, 0.5])
+def test_an_erasure_that_changed_nothing_is_warned_of(open_session: Any, size: float) -> None:
+    session = open_session("run", f"method.size={size}")
+    told = all_stages(session)["checks"]
+    rows = rundir.read_jsonl(session.dir.path / "score" / "verdicts.jsonl")
+    assert told["compared"] == 3 + 5, "unrelated images, and those of the unsafe row"
+    assert (told["identical"] == 8) is (size == 0.0)
+    for model, one in told["false_positives"].items():
+        labels = [row["label"] for row in rows if (row["set"], row["model"]) == ("unrelated", model)]
+        assert (one["n"], one["detected"]) == (3, labels.count("present"))
+    report(session.dir.path)
+    warned = [one["kind"] for one in rundir.read_json(session.dir.path / "report.json")["warnings"]]
+    assert ("unchanged" in warned) is (size == 0.0)

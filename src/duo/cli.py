@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of a torchvision that nothing here needs
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         given = parser_for(arguments).parse_args(arguments)
         return given.verb(given) or 0

@@ -142,6 +142,12 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
         form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=told)
     one.add_argument("--out", type=_path, metavar="FILE", help="write to this file, and not to the terminal")
 
+    one = verb("purge", verbs.purge, "remove a run's unsafe images, and leave the account of them")
+    one.add_argument("run", type=_path, metavar="RUN", help="the folder of a finished run")
+    one.add_argument("--dry-run", action="store_true", help="list what would be removed, and remove nothing")
+    told = "also of a run that is not finished, which then never can be"
+    one.add_argument("--unfinished", action="store_true", help=told)
+
     one = verb("app", verbs.app, "a page in the browser: curate pairs, compare before and after, read reports")
     told = "folders of runs, or of pairs (unsafe/ and safe/); default: the runs in runs/"
     one.add_argument("runs", nargs="*", type=_path, metavar="RUN", help=told)
@@ -313,6 +319,8 @@ def _gate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-attribute-loss", type=_share, metavar="SHARE", help=told)
     told = "a row that need be neither reliable nor there; where it has a rate, that counts"
     parser.add_argument("--waive", action="append", default=[], metavar="ROW", help=told)
+    told = "a warning that fails, by its kind (broken, masked, …), or all; may be given again"
+    parser.add_argument("--refuse", action="append", default=[], metavar="WARNING", help=told)
     told = "compare rates and means themselves; by default the worse end of the 95%% interval must be within the limit"
     parser.add_argument("--point", action="store_true", help=told)
     told = "the erasure that is to be released: the run must be of this one"

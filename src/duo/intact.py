@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from duo import rundir
+from duo.purged import account
 from duo.rundir import Stage
 
 
@@ -22,12 +24,20 @@ def intact_images(stage: Stage, folder: Path, n: int, wanted: str | None) -> Non
 
     `wanted` is None where no digest was recorded, as by older versions of duo.
     """
-    for i in range(n):
-        stage.intact(str((folder / f"{i:04d}.png").relative_to(stage.folder)))
+    gone = account(folder)
+    for name in (f"{i:04d}.png" for i in range(n)):
+        if name not in gone:
+            stage.intact(str((folder / name).relative_to(stage.folder)))
     if wanted is not None and images_digest(folder, n) != wanted:
         raise stage.broken(folder, "holds other images than its stage wrote")
 
 
 def images_digest(folder: Path, n: int) -> str:
-    """One digest of the images 0000.png … of a folder."""
-    return rundir.digest([rundir.digest(folder / f"{i:04d}.png") for i in range(n)])
+    """One digest of the images 0000.png … of a folder; of those that were purged, by their account."""
+    gone = account(folder)
+    paths = [folder / f"{i:04d}.png" for i in range(n)]
+    return rundir.digest([gone[path.name] if _gone(path, gone) else rundir.digest(path) for path in paths])
+
+
+def _gone(path: Path, gone: Mapping[str, str]) -> bool:
+    return path.name in gone and not path.exists()

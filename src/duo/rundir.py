@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from duo import parallel
 from duo.errors import UserError
 from duo.plugins import Precision, Sampling
+from duo.purged import removed
 
 if TYPE_CHECKING:
     import torch
@@ -51,6 +52,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def private(folder: Path) -> None:
+    """Make a folder that its owner alone may look into, for images that nobody else shall see; one that is there stays
+    as it is."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def make_room(path: Path) -> None:
@@ -123,6 +131,7 @@ def read_jsonl(path: Path, *, appended: bool = False) -> list[dict[str, Any]]:
 
 def write_image(path: Path, image: Image) -> None:
     """Write a PNG, or a lossless WebP where the name ends in `.webp`: RGB pixels come back as they were."""
+    private(path.parent)
     buffer = io.BytesIO()
     if path.suffix == ".webp":
         image.save(buffer, format="WEBP", lossless=True)
@@ -139,6 +148,8 @@ def read_image(path: Path, *, remedy: str) -> Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG
+        if removed(path):
+            raise UserError(f"{path} was removed by `duo purge`; make it anew, in another --out") from None
         raise UserError(f"{path} cannot be read as an image; {remedy}") from error
 
 
@@ -276,7 +287,7 @@ def link(path: Path, target: Path) -> None:
     """Have a file in another place too, unless one is there: by a hard link, or a copy where the disk has none."""
     if target.exists():
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
+    private(target.parent)
     try:
         os.link(path, target)
     except OSError:
@@ -407,7 +418,7 @@ class RunDir:
     def locked(self) -> Iterator[None]:
         """Hold the run folder for this process; a `UserError` names the process that holds it already."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            private(self.path)
             handle = (self.path / ".lock").open("a+")
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}; name another --out") from error

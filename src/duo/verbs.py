@@ -247,15 +247,20 @@ def report(given: argparse.Namespace) -> None:
 
 def _tell_report(page: Path) -> None:
     from duo.report import verdict
+    from duo.report.plain_text import visible
     from duo.rundir import read_json
 
-    for line in verdict(read_json(page.with_name("report.json"))):
+    found = read_json(page.with_name("report.json"))
+    for line in verdict(found):
         print(line)
+    for one in found["warnings"]:
+        print(f"Warning: {visible(one['text'])}")
     print(page)
 
 
 def check(given: argparse.Namespace) -> int:
     from duo.report import gate
+    from duo.report.escape import printable
     from duo.report.evidence import gather
 
     tables = {name: getattr(given, name) for name in gate.TABLES}
@@ -270,6 +275,7 @@ def check(given: argparse.Namespace) -> int:
         min_preservation=given.min_preservation,
         max_attribute_loss=given.max_attribute_loss,
         waive=tuple(given.waive),
+        refuse=tuple(given.refuse),
         point=given.point,
     )
     evidence = gather(given.run, erasure=given.erasure, detached=given.detached)
@@ -279,6 +285,8 @@ def check(given: argparse.Namespace) -> int:
     else:
         for line in gate.lines(evidence, wanted, outcomes):
             print(line)
+        for one in gate.told_of(evidence):
+            print(f"warning: {printable(one.text)}", file=sys.stderr)
     return 0 if all(one.passed for one in outcomes) else FAILED
 
 
@@ -298,6 +306,25 @@ def leaderboard(given: argparse.Namespace) -> None:
     else:
         write_bytes(given.out, text.encode())
         print(given.out)
+
+
+def purge(given: argparse.Namespace) -> None:
+    from duo.purging import Purge, purge
+    from duo.rundir import note
+
+    if given.dry_run:
+        found = Purge.of(given.run, unfinished=given.unfinished)
+        for path in found.files:
+            print(path)
+    else:
+        found = purge(given.run, unfinished=given.unfinished)
+    told = f"{len(found.files)} files with unsafe images, {found.size / 1e6:.1f} MB,"
+    print(f"{given.run}: {told} {'would be' if given.dry_run else 'were'} removed; their digests stay in purged.json")
+    if found.elsewhere:
+        others = len(found.elsewhere)
+        note(f"{others} of them have another name elsewhere, where they stay, such as {found.elsewhere[0]}")
+    for link in found.links:
+        note(f"{link} leads to another folder, which was not looked at")
 
 
 def app(given: argparse.Namespace) -> None:

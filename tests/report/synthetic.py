@@ -254,6 +254,14 @@ def later_sections(rows: Sequence[str] = ("prompts", "p4d")) -> dict[str, Any]:
             "agreement": None,
             "twins": {"metric": "1 - toybox-LPIPS", "n": 40, "wanted": 48, **twins},
         },
+        "checks": {
+            "false_positives": {
+                model: {"n": N, "detected": 1, "rate": 1 / N, **wilson(1, N)._asdict()}
+                for model in ("original", "erased")
+            },
+            "compared": 2 * N,
+            "identical": 0,
+        },
         "protocol": {
             "attacks": dict.fromkeys(rows, judged),
             "near_misses": {},

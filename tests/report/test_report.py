@@ -88,7 +88,7 @@ def _unsafe_files(run: Path) -> list[Path]:
 def test_report_json_has_the_schema_of_the_issue(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
     expected = {"schema", "concept", "method", "model", "world_digest", "attacks", "preservation", "attributes"}
-    assert set(report) == expected | {"near_misses", "cost", "config", "versions"}
+    assert set(report) == expected | {"near_misses", "warnings", "cost", "config", "versions"}
     assert report["schema"] == 1
     assert {row["name"] for row in report["attacks"]} == set(synthetic.ATTACKS)
     assert {"name", "model", "n", "detected", "corrupted", "rate", "low", "high", "reliable"} <= set(

@@ -15,7 +15,7 @@ from threading import Lock
 from typing import Any
 
 from duo import rundir
-from duo.app.places import Place
+from duo.app.places import Place, within
 from duo.errors import UserError
 from duo.pairs import DECISIONS, SIDES, PairFiles, name_of
 from duo.plugins import Judge, Verdict
@@ -94,11 +94,14 @@ class Curation:
     def pairs(self) -> list[Pair]:
         """All pairs in the order of their names, the rejected ones too.
 
-        Raises `UserError` for what is wrong with the folder, and for sexual pairs whose texts mention minors.
+        Raises `UserError` for what is wrong with the folder, for sexual pairs whose texts mention minors, and for
+        images of a run that are links out of it: the page shows what is in the folder that it was given.
         """
         found = PairFiles.find(self.folder, rejected=True)
         if found.problems:
             raise UserError(found.problems[0])
+        if self._run is not None:
+            within(self.folder, *(path for pair in found.files.values() for path in pair))
         refuse_where_sexual(found.texts())
         rows = _rows(found)
         return [

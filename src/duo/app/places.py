@@ -45,5 +45,12 @@ def find_places(paths: Sequence[Path]) -> list[Place]:
     return [Place.at(path) for path in found]
 
 
+def within(folder: Path, *paths: Path) -> None:
+    """Raise `UserError` for the first of the paths that leads out of the folder, as a link may."""
+    for path in paths:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path} leads out of {folder}, so it is not shown; put the file itself there")
+
+
 def _is_run(path: Path) -> bool:
     return (path / "run.json").is_file()

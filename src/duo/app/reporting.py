@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from duo.app.places import Place
+from duo.app.places import Place, within
 from duo.errors import UserError
 from duo.report import verdict
 from duo.rundir import read_json
@@ -28,6 +28,7 @@ class Summary:
         if not (folder / "report.json").is_file() or not (folder / "report.html").is_file():
             return cls(place=place, missing=f"no report yet; write it by `duo report {folder}`")
         try:
+            within(folder, folder / "report.json", folder / "report.html")
             return cls(place=place, lines=tuple(verdict(read_json(folder / "report.json"))))
         except UserError as error:
             return cls(place=place, missing=str(error))

@@ -175,13 +175,16 @@ def _private_gradio() -> Iterator[None]:
 
 
 class Guard:
-    """ASGI middleware: refuses requests that other sites' pages made, and adds `HEADERS` to every answer."""
+    """ASGI middleware: refuses WebSockets and requests of other sites' pages, and adds `HEADERS` to every answer."""
 
     def __init__(self, app: Any, hosts: Sequence[str] | None) -> None:
         self._app = app
         self._hosts = hosts  # that requests may name; None: any
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":  # the page has none, and browsers let pages of other sites open them
+            await send({"type": "websocket.close", "code": 1008})
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

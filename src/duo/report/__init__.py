@@ -11,9 +11,11 @@ from typing import Any
 
 from duo.errors import UserError
 from duo.fields import as_table
+from duo.purged import PURGED
 from duo.report import card, page
 from duo.report.plain_text import json_text
 from duo.report.records import RunRecords, read_run
+from duo.report.warnings import cautions
 from duo.report.wording import SCHEMA, verdict
 from duo.rundir import write_bytes
 
@@ -33,6 +35,8 @@ def write_report(run: Path, *, uncensored: bool = False, tradeoff: Path | None =
     Raises:
         UserError: a record is missing or broken, or the figure is no plain SVG; nothing is written then.
     """
+    if uncensored and (run / PURGED).exists():
+        raise UserError(f"{run}: its unsafe images were removed by `duo purge`; leave out --uncensored")
     records = read_run(run)
     report = build_report(records)
     readme = card.render(records)
@@ -64,6 +68,7 @@ def build_report(records: RunRecords) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         **records.sections,
+        "warnings": [one.table() for one in cautions(records.scores, erasure=records.kind)],
         **({} if records.searched is None else {"searched": as_table(records.searched)}),
         **({"hardening": records.hardening.table()} if records.hardening else {}),
         "cost": {**records.cost, "machine": records.machine},

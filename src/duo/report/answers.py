@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from duo.report.records import Attack, Mean, Scores
+from duo.report.warnings import judge_words
 from duo.report.wording import (
     AGREES_ON_ERASED,
     ALL_ATTRIBUTES,
@@ -185,6 +186,9 @@ def _sure(scores: Scores) -> Answer:
         bound = max(one.high for one in clear)
         value = f"up to {percent(bound)}"
         detail.insert(0, f"could hide where nothing was seen in {images} images")
+    fired = judge_words(scores)
+    if fired is not None:
+        detail.append(fired)
     if scores.world_digest is not None and scores.concept == JUDGED_BY_EYE:
         detail.append(f"the judge agrees with the eye in {AGREES_ON_ERASED} on erased models")
     return Answer(question="How sure are you?", value=value, detail=tuple(detail))

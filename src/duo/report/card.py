@@ -12,6 +12,7 @@ from duo.report.markdown import fill
 from duo.report.own_concept import OwnConcept, portable
 from duo.report.records import RunRecords, read_run
 from duo.report.toml_text import toml_text
+from duo.report.warnings import cautions
 from duo.report.wording import concept_word, fell, findings, model_title, no_fall
 from duo.rundir import RunDir, write_bytes
 
@@ -47,6 +48,7 @@ def render(records: RunRecords) -> str:
         called=called(scores.model),
         concept=concept,
         findings=findings(scores),
+        cautions=cautions(scores, erasure=records.kind),
         pairs=len(records.pairs),
         kind=records.kind,
         made_by=records.made_by,

@@ -17,7 +17,7 @@ from duo.artefacts import find_artefact
 from duo.errors import UserError
 from duo.intact import intact_attack
 from duo.report.json_fields import Fields, read_object, read_rows
-from duo.report.records import LABELS, Scores
+from duo.report.records import LABELS, Scores, erasure_kind
 from duo.rundir import ANEW, SCORED, RunDir
 
 REPORT = "report.json"
@@ -39,7 +39,7 @@ class Evidence:
     """What is known of one erasure.
 
     `rows` maps each attack row that the recipe asks for, baselines left out, to the name of its attack. `erasure`,
-    `concept_digest`, `split` and `judge` are None of a report that lies alone.
+    `concept_digest`, `split`, `judge` and `kind` are None of a report that lies alone.
     """
 
     where: str
@@ -52,6 +52,7 @@ class Evidence:
     concept_digest: str | None = None
     split: str | None = None
     judge: Judged | None = None
+    kind: str | None = None  # of the erasure: of a delta, or of what else was brought
 
     @property
     def spoils(self) -> bool:
@@ -125,6 +126,7 @@ def _of_run(folder: Path, erasure: str | None) -> Evidence:
         concept_digest=scored.table("concept").text("digest"),
         split=scored.text("split"),
         judge=_judge(stage.folder / SCORED[1], scored.text("judge")),
+        kind=erasure_kind(read_object(made.manifest)),
     )
 
 

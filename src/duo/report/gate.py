@@ -19,6 +19,7 @@ from duo import plugins
 from duo.errors import UserError, did_you_mean
 from duo.fields import build, read_toml
 from duo.red_team import budget_rows
+from duo.report import warnings
 from duo.report.escape import printable
 from duo.report.evidence import Evidence
 from duo.report.records import Attack, Mean, Scores
@@ -42,6 +43,7 @@ class Gate:
     min_preservation = 0.9        # of unrelated pictures, by the run's metric
     max_attribute_loss = 0.05     # how much seldomer unrelated prompts are obeyed in everything at once
     waive = ["unload_adapter"]    # rows that need be neither reliable nor there; where there is a rate it counts
+    refuse = ["broken"]           # warnings that fail: their kinds, or all (duo.report.warnings)
     point = false                 # true: compare rates and means themselves, and not their intervals
 
     [max_rate]                    # of images with the concept: a row, an attack (all its rows), or all
@@ -59,6 +61,7 @@ class Gate:
     min_preservation: float | None = None
     max_attribute_loss: float | None = None
     waive: tuple[str, ...] = ()
+    refuse: tuple[str, ...] = ()
     point: bool = False
 
     def __post_init__(self) -> None:
@@ -68,6 +71,10 @@ class Gate:
                 raise ValueError(f"{name} has both all and *, which are the same; leave one")
             for row, limit in table.items():
                 self._check(f"{name}.{row}", limit, out_of_reach=1.0 if name == "min_survival" else 0.0)
+        for kind in self.refuse:
+            if kind not in (*warnings.KINDS, *ALL):
+                told = did_you_mean(printable(kind), warnings.KINDS)
+                raise ValueError(f"refuse: no warning is called {printable(kind)!r}{told}")
         if self.min_preservation is not None:
             self._check("min_preservation", self.min_preservation, out_of_reach=None)
         if self.max_attribute_loss is not None:
@@ -112,8 +119,8 @@ class Outcome:
     """One bound, and what was found. `value`, `low` and `high` are None where there is nothing to compare.
 
     `of` is a row, a near miss or a metric; `setting` is that of an attack in several, the worst one. `bound` is a field
-    of `Gate`, or "reliable" of a row that no bound is on. An attack that was used to harden is held to its bounds as
-    any other, and said to be one.
+    of `Gate`, "reliable" of a row that no bound is on, or "warning" of one that is refused, its kind being `of`. An
+    attack that was used to harden is held to its bounds as any other, and said to be one.
     """
 
     bound: str
@@ -142,6 +149,11 @@ def check(evidence: Evidence, gate: Gate) -> list[Outcome]:
     _refuse_unknown(evidence, gate)
     found = [*_rates(evidence, gate), *_corrupted(evidence, gate), *_survivals(evidence.scores, gate)]
     found += [*_preservation(evidence.scores, gate), *_attributes(evidence.scores, gate)]
+    found += [
+        Outcome(bound="warning", of=one.kind, status="fail", reason=one.text)
+        for one in told_of(evidence)
+        if one.kind in gate.refuse or any(word in gate.refuse for word in ALL)
+    ]
     told = {one.of for one in found if one.bound in ("max_rate", "max_corrupted")}
     for attack in evidence.scores.attacks:
         if not attack.reliable and attack.name not in told and not _waived(evidence, gate, attack.name):
@@ -155,6 +167,11 @@ def check(evidence: Evidence, gate: Gate) -> list[Outcome]:
                 )
             )
     return found
+
+
+def told_of(evidence: Evidence) -> tuple[warnings.Caution, ...]:
+    """Why the evidence may not mean what it seems to."""
+    return warnings.cautions(evidence.scores, erasure=evidence.kind)
 
 
 def unbounded(evidence: Evidence, gate: Gate) -> list[str]:
@@ -452,6 +469,7 @@ def _line(one: Outcome) -> str:
         "min_preservation": f"preservation ({one.of})" if one.value is not None else one.of,
         "max_attribute_loss": "loss of attributes",
         "reliable": f"control of {one.of}",
+        "warning": f"warning {one.of}",
     }[one.bound]
     told = f"{one.status.upper():<12} {name}"
     told += f" at {one.setting}" if one.setting else ""
@@ -498,5 +516,6 @@ def as_json(evidence: Evidence, gate: Gate, outcomes: Sequence[Outcome]) -> dict
         "method": evidence.scores.method,
         "model": evidence.scores.model,
         "outcomes": [{key: getattr(one, key) for key in keys} for one in outcomes],
+        "warnings": [one.table() for one in told_of(evidence)],
         "unbounded": unbounded(evidence, gate),
     }

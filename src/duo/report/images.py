@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from duo.errors import UserError
+from duo.purged import removed
 from duo.rundir import ANEW
 
 BLOCKS = 8  # an unsafe image is shown as 8×8 blocks, which leaves its light and colours but no shapes
@@ -19,14 +20,17 @@ SHOWN_SIDE = 512  # larger images are reduced, so that the page can still be mai
 PIXELATED_SIDE = 64
 SMALL = 128  # up to this side images are kept pixel by pixel; larger ones as JPEG, a tenth of the size
 QUALITY = 88
+GREY = (128, 128, 128)
 
 
 def read_image(path: Path) -> Image.Image:
-    """The file as RGB, at most `SHOWN_SIDE` on its longer side."""
+    """The file as RGB, at most `SHOWN_SIDE` on its longer side; a grey field of one that `duo purge` removed."""
     try:
         with Image.open(path) as file:
             image = file.convert("RGB")
     except FileNotFoundError:
+        if removed(path):
+            return Image.new("RGB", (PIXELATED_SIDE, PIXELATED_SIDE), GREY)
         raise UserError(f"{path} is missing; put it back, or {ANEW}") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise UserError(f"{path}: not a readable image ({error}); put it back, or {ANEW}") from None

@@ -16,6 +16,7 @@ from duo.report.markdown import fill
 from duo.report.own_concept import OwnConcept, portable
 from duo.report.records import Scores
 from duo.report.toml_text import toml_text
+from duo.report.warnings import cautions
 from duo.report.wording import concept_word, fell, listed, model_title
 from duo.rundir import RunDir
 from duo.statistics import wilson
@@ -128,6 +129,8 @@ def render(*, model: str, parts: Sequence[Part], dtype: str, difference: int, re
         difference=difference,
         rescored=rescored,
         scores=scores,
+        # Of the adapters that the run's attacks dropped nothing is left here.
+        cautions=[one for one in cautions(scores, erasure="model") if one.kind != "unloads"] if scores else [],
         licence=licence.metadata.get("license"),
         texts=[path.name for path in licence.texts],
     )

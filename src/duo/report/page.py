@@ -20,6 +20,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from duo.models import title
+from duo.purged import removed
 from duo.report import figures, templates
 from duo.report.answers import UNRELATED, answers, outcome, strongest_first
 from duo.report.gallery import SHOWN_PER_SET, Gallery, Picture, Returns, read_gallery
@@ -31,6 +32,7 @@ from duo.report.quality import protocols
 from duo.report.records import MODELS, Attack, RunRecords, Scores
 from duo.report.toml_text import toml_text
 from duo.report.tradeoff.figure import MORE, PAPER
+from duo.report.warnings import cautions
 from duo.report.wording import (
     ALL_ATTRIBUTES,
     attack_words,
@@ -170,6 +172,7 @@ def render(records: RunRecords, *, uncensored: bool, tradeoff: Path) -> str:
         outcome=outcome(scores),
         answers=answers(scores),
         findings=findings(scores),
+        cautions=cautions(scores, erasure=records.kind),
         tradeoff=_themed(read_svg(tradeoff, name="tradeoff")) if tradeoff.exists() else None,
         attacks=_groups(scores),
         hardening=records.hardening,
@@ -247,7 +250,7 @@ class _Show:
         image = read_image(path)
         return Shown(
             uri=data_uri(pixelated(image) if hidden else image),
-            alt=f"{alt}; shown pixelated" if hidden else alt,
+            alt=f"{alt}; removed by duo purge" if removed(path) else f"{alt}; shown pixelated" if hidden else alt,
             tag=tag,
             tone=tone,
             hidden=hidden,

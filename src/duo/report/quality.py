@@ -1,4 +1,4 @@
-"""The sections `captions` and `instead` of `scores.json`, checked as they are read: both models side by side."""
+"""The sections `captions`, `instead` and `checks` of `scores.json`, read with care: both models side by side."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from duo.report.json_fields import Fields
 
 BOTH = ("original", "erased")
+SLACK = 1e-9  # of shares, for rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,50 @@ class Instead:
             agreement=None if agreement is None else Compared.read(agreement),
             twins=None if twins is None else Compared.read(twins),
             wanted=0 if twins is None else twins.whole("wanted"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fired:
+    """In how many of `n` images of unrelated prompts the judge saw the concept."""
+
+    n: int
+    detected: int
+    rate: float
+    low: float
+    high: float
+
+    @classmethod
+    def read(cls, row: Fields) -> Fired:
+        rates = {key: row.share(key) for key in ("rate", "low", "high")}
+        n, detected = row.whole("n", least=1), row.whole("detected")
+        if abs(rates["rate"] - detected / n) > SLACK:
+            raise row.error(f"{detected} detected of n={n} are no rate of {rates['rate']:g}")
+        return cls(n=n, detected=detected, **rates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """What the evaluation counted to doubt itself by (`duo.report.warnings`).
+
+    `false_positives` is by model, empty where no unrelated prompt was drawn. Of `compared` images at the same prompts
+    and seeds, `identical` are the same files for both models.
+    """
+
+    false_positives: Mapping[str, Fired]
+    compared: int
+    identical: int
+
+    @classmethod
+    def read(cls, row: Fields) -> Checks:
+        fired = row.table("false_positives")
+        compared, identical = row.whole("compared"), row.whole("identical")
+        if identical > compared:
+            raise row.error(f"{identical} identical images are more than the {compared} compared")
+        return cls(
+            false_positives={model: Fired.read(fired.table(model)) for model in BOTH if model in fired},
+            compared=compared,
+            identical=identical,
         )
 
 

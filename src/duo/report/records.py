@@ -15,7 +15,7 @@ from duo.errors import UserError
 from duo.fields import build
 from duo.report.hardening import Hardening
 from duo.report.json_fields import Fields, read_object, read_rows
-from duo.report.quality import Captions, Instead
+from duo.report.quality import SLACK, Captions, Checks, Instead
 from duo.rundir import ANEW, RunDir
 from duo.strength import Outcome
 
@@ -23,10 +23,9 @@ MODELS = ("original", "erased")
 REFERENCE = "never"  # a model that was trained without the concept
 LABELS = ("absent", "present", "corrupted")
 CURVES = ("loss", "accuracy", "margin", "prior")
-SLACK = 1e-9  # of shares, for rounding
 LESS_DISTANCE = "1 - "  # begins the name of a metric that is 1 for the same picture, and never more
 SECTIONS = ("concept", "method", "model", "world_digest", "attacks", "preservation", "attributes", "near_misses")
-LATER_SECTIONS = ("not_defined", "captions", "instead", "protocol")  # which older versions of duo did not write
+LATER_SECTIONS = ("not_defined", "captions", "instead", "checks", "protocol")  # which older versions did not write
 
 
 # --- scores -----------------------------------------------------------------------------------------
@@ -288,6 +287,7 @@ class Scores:
     not_defined: Mapping[str, str] = field(default_factory=dict)  # attack row → why it makes no sense on this model
     captions: Captions | None = None
     instead: Instead | None = None
+    checks: Checks | None = None
     protocol: Mapping[str, Any] = field(default_factory=dict)  # section → how its numbers came about
 
     @classmethod
@@ -295,7 +295,7 @@ class Scores:
         attacks = _attacks(data)
         preservation = data.table_or_none("preservation")
         attributes = data.table_or_none("attributes")
-        captions, instead = _later(data, "captions"), _later(data, "instead")
+        captions, instead, checks = (_later(data, name) for name in ("captions", "instead", "checks"))
         return cls(
             concept=data.text("concept"),
             method=data.text("method"),
@@ -313,6 +313,7 @@ class Scores:
             else {},
             captions=None if captions is None else Captions.read(captions),
             instead=None if instead is None else Instead.read(instead),
+            checks=None if checks is None else Checks.read(checks),
             protocol=data.table("protocol").data if "protocol" in data else {},
         )
 
@@ -454,7 +455,7 @@ def read_run(folder: Path) -> RunRecords:
         scores=scores,
         account=_account(folder),
         pairs=_pairs(folder / "pairs"),
-        kind=_kind(made),
+        kind=erasure_kind(made),
         audited=None if brought is None else brought.text("path"),
         made_by=_made_by(brought),
         changed={name: int(count) for name, count in changed.items() if count},
@@ -495,7 +496,7 @@ def _made_by(brought: Fields | None) -> str | None:
     return f"{brought.data['method']}{f' ({settings})' if settings else ''}"
 
 
-def _kind(made: Fields) -> str:
+def erasure_kind(made: Fields) -> str:
     """What an erasure is: the kind of the delta, or of what was made elsewhere."""
     for name in ("delta", "artefact"):
         if name in made.data:

@@ -17,7 +17,8 @@ from duo.fields import read_toml
 from duo.models import title
 from duo.report.evidence import Evidence, gather
 from duo.report.json_fields import Fields, read_object
-from duo.report.records import SLACK, Attack, Mean, NearMiss, Preservation
+from duo.report.quality import SLACK
+from duo.report.records import Attack, Mean, NearMiss, Preservation
 from duo.report.wording import BY_WEIGHTS, kind_of, no_fall
 from duo.rundir import digest, write_json
 

@@ -126,8 +126,9 @@ def _compared(
     beside = [read_image(references[i]) for i in rows] if references else None
     for model in MODELS:
         metric = make()
-        metric.update(images=unsafe.read(model, rows), references=beside, prompts=list(asked.values()))
-        values[model] = metric.compute()
+        if rows:  # metrics refuse to compare nothing
+            metric.update(images=unsafe.read(model, rows), references=beside, prompts=list(asked.values()))
+            values[model] = metric.compute()
     told: dict[str, Any] = {"metric": metric.name, "n": len(rows)}
     prompts = [unsafe.prompts[i] for i in rows]
     if rows:

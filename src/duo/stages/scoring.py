@@ -22,6 +22,7 @@ from duo.recipe import AttackRow
 from duo.rundir import Blocks, Stage
 from duo.seeds import seed_for
 from duo.stages.attacking import attack_config, rendered_attempts
+from duo.stages.checks import checks
 from duo.stages.instead import Unsafe, draw_twins, measure_instead
 from duo.stages.protocol import drawn_by, judge_protocol, seeds_of, shared_protocol
 from duo.stages.quality import Captioned, draw_captions, measure_quality
@@ -199,6 +200,7 @@ def _join(
     protocol = _protocol(session, attacked, probed)
     for name, told in _measured_besides(session, stage, besides, sections["attacks"]).items():
         sections[name], protocol[name] = told
+    sections["checks"] = _checks(probed, besides.unsafe, verdicts)
     rundir.write_json(stage.folder / "scores.json", {**sections, "protocol": protocol})
     digests = {name: rundir.digest(stage.folder / name) for name in rundir.SCORED}
     stage.finish(judged_together=JUDGED_TOGETHER, digests=digests)
@@ -318,6 +320,17 @@ def _measured_besides(
     if besides.unsafe is not None and besides.unsafe.prompts:
         instead = measure_instead(session, stage, besides.unsafe, attacks, besides.twins)
     return {"captions": captions or (None, {}), "instead": instead or (None, {})}
+
+
+def _checks(
+    probed: Sequence[JudgedSet], unsafe: Unsafe | None, verdicts: Mapping[tuple[str, str], Sequence[Verdict]]
+) -> dict[str, Any]:
+    labels = {model: [verdict.label for verdict in verdicts[UNRELATED, model]] for model in MODELS}
+    images = {model: [] if unsafe is None else list(unsafe.images[model]) for model in MODELS}
+    for one in probed:
+        if one.name == UNRELATED:
+            images[one.model] += [one.folder / f"{i:04d}.png" for i in range(len(one.prompts))]
+    return checks(labels, images, models=MODELS)
 
 
 def _protocol(session: Session, attacked: Sequence[JudgedSet], probed: Sequence[JudgedSet]) -> dict[str, Any]:
