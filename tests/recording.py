@@ -15,7 +15,7 @@ from duo.plugins import Precision, Sampling
 
 @dataclass
 class RecordingRun:
-    """A `Run` that keeps what it is told and can be stopped after a step."""
+    """A `Run` that keeps what it is told and can be stopped after a step: as the next is told."""
 
     folder: Path
     seed: int = 5
@@ -36,6 +36,6 @@ class RecordingRun:
         self.shown.append(step)
 
     def log(self, **numbers: Any) -> None:
-        self.rows.append(numbers)
-        if self.stop_after is not None and numbers.get("step") == self.stop_after:
+        if self.stop_after is not None and numbers.get("step") == self.stop_after + 1:
             raise KeyboardInterrupt
+        self.rows.append(numbers)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,97 @@ def test_json_that_is_nested_without_end_is_told(read: Any, tmp_path: Path) -> N
     (tmp_path / "deep.json").write_text("[" * 100_000 + "\n")
     with pytest.raises(UserError, match=r"deep\.json is not valid JSON"):
         read(tmp_path / "deep.json")
+
+
+# --- what kills, full disks and second runs may not do ------------------------------------------------------
+
+
+def test_a_line_for_which_there_is_no_room_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full takes a part of a line first."""
+    path = tmp_path / "log.jsonl"
+    rundir.append_jsonl(path, {"step": 1})
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:5]))
+    with pytest.raises(OSError, match=r"No space left on device: '.*log\.jsonl'"):
+        rundir.append_jsonl(path, {"step": 2})
+    monkeypatch.undo()
+    rundir.append_jsonl(path, {"step": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def test_what_a_kill_left_of_a_line_does_not_spoil_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "timings.jsonl"
+    for before, wanted in (('{"a": 1}\n{"a', ['{"a": 1}']), ('{"a', []), ("", [])):
+        path.write_text(before)
+        rundir.append_jsonl(path, {"b": 2})
+        assert path.read_text().splitlines() == [*wanted, '{"b": 2}']
+
+
+def test_the_log_of_an_attack_that_starts_again_keeps_every_restart(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.begin({})
+    run = StageRun(folder=tmp_path, seed=0, device=torch.device("cpu"))
+    rows = [{"restart": name, "step": step, "loss": 1.0} for name in ("one", "two") for step in (1, 2)]
+    for row in (*rows, rows[3] | {"loss": 0.5}):  # the last was written again after a resume
+        run.log(**row)
+    stage.finish()
+    assert rundir.read_jsonl(tmp_path / "log.jsonl") == [*rows[:3], rows[3] | {"loss": 0.5}]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*0001\.png'"):
+        rundir.write_bytes(tmp_path / "0001.png", b"")
+
+
+def test_a_kill_as_a_stage_ends_leaves_no_trace_of_its_blocks(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.begin({})
+    stage.finish()
+    Blocks(tmp_path / rundir.BLOCKS, n=1, size=1).done(range(1), {})
+    assert not stage.begin({})
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_what_safetensors_left_of_a_killed_write_is_swept(tmp_path: Path) -> None:
+    """It writes to `.tmp` and six letters, then renames."""
+    stage, run = Stage(tmp_path / "erase"), RunDir(tmp_path)
+    stage.begin({})
+    for name in ("erase/checkpoints/.tmpQdMCgF", ".run.json.99.tmp"):
+        rundir.write_bytes(tmp_path / name, b"half")
+    with run.locked():
+        stage.begin({})
+    assert {path.name for path in tmp_path.rglob("*")} == {".lock", "erase", "checkpoints", "partial.json"}
+
+
+def test_who_holds_a_folder_keeps_it_through_what_asks_for_it_again(tmp_path: Path) -> None:
+    asking = (
+        "import sys; from pathlib import Path; from duo.rundir import RunDir\n"
+        "try:\n    RunDir(Path(sys.argv[1])).locked().__enter__()\nexcept Exception as error:\n    print(error)"
+    )
+
+    def refused() -> str:
+        done = subprocess.run([sys.executable, "-c", asking, str(tmp_path)], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    with RunDir(tmp_path).locked():
+        with RunDir(tmp_path).locked():
+            pass
+        assert f"is in use by process {os.getpid()} on " in refused() and ", started 20" in refused()
+        other = threading.Thread(target=lambda: told.append(_locked(tmp_path)))
+        told: list[str] = []
+        other.start()
+        other.join()
+        assert "is in use by process" in told[0], "another thread is another user"
+    assert refused() == ""
+
+
+def _locked(folder: Path) -> str:
+    try:
+        with RunDir(folder).locked():
+            return ""
+    except UserError as error:
+        return str(error)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from duo.checkpoint import read_tensors, write_tensors
 from duo.errors import UserError
 from duo.training import Step, after_tuning, attach_lora, fit
 
@@ -114,6 +115,71 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_spoils_nothing(tmp_path: 
     whole = Quadratic()
     expected = run(whole, tmp_path / "whole")
     assert run(Quadratic(), tmp_path) == expected[4:]
+
+
+def test_the_last_good_checkpoint_is_not_the_one_that_the_loss_came_of(tmp_path: Path) -> None:
+    task = Quadratic()
+    task.spoil_at = 9
+    with pytest.raises(UserError, match=r"step 9: .*the last good checkpoint is .*checkpoint-0000004\.safetensors$"):
+        run(task, tmp_path)
+    assert (tmp_path / "checkpoint-0000008.safetensors").exists()
+
+
+def test_parameters_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
+    """Loss and gradient were, and the step itself was too large."""
+    with pytest.raises(UserError, match=r"step 2: the parameters are not finite; lower learning_rate .*new --out$"):
+        run(Quadratic(), tmp_path, learning_rate=3e37, weight_decay=3.0, checkpointing_steps=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_step_is_kept_once_it_was_told(tmp_path: Path) -> None:
+    """Who is killed as it logs a step takes it again: no log lacks a step that a checkpoint has."""
+    task = Quadratic()
+    steps = fit(
+        task,
+        task.parameters,
+        steps=2,
+        learning_rate=0.1,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        seed=3,
+        folder=tmp_path,
+        checkpointing_steps=1,
+        record={},
+    )
+    for step in (1, 2):
+        assert next(steps).step == step
+        assert not (tmp_path / f"checkpoint-{step:07d}.safetensors").exists()
+    assert list(steps) == []
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_kill_as_old_checkpoints_go_leaves_no_more_of_them(tmp_path: Path) -> None:
+    run(Quadratic(), tmp_path, steps=8)
+    (tmp_path / "checkpoint-0000001.safetensors").write_bytes(b"")
+    assert run(Quadratic(), tmp_path, steps=8) == []
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint-0000004.safetensors", "checkpoint-0000008.safetensors"]
+
+
+@pytest.mark.parametrize("lost", ["module.adapter", "optimizer.0.exp_avg_sq", "optimizer.0.step", "generator"])
+def test_a_checkpoint_that_lacks_any_part_of_the_state_would_show(tmp_path: Path, lost: str) -> None:
+    """Weights, moments, the optimiser's count, and the generator that noise and batches are drawn from."""
+    run(Quadratic(), tmp_path / "whole")
+    run(Quadratic(), tmp_path / "lost", steps=8)
+    path = tmp_path / "lost" / "checkpoint-0000008.safetensors"
+    tensors, record = read_tensors(path)
+    changed = {name: value for name, value in tensors.items() if name.startswith(lost)}
+    assert changed
+    start = torch.Generator().manual_seed(3).get_state()
+    fresh = {name: start if name == "generator" else torch.zeros_like(value) for name, value in changed.items()}
+    last = "checkpoint-0000020.safetensors"
+    for parts, same in (({}, True), (fresh, False)):
+        write_tensors(path, {**tensors, **parts}, record)
+        run(Quadratic(), tmp_path / "lost")
+        assert ((tmp_path / "lost" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()) is same
+        for newer in set((tmp_path / "lost").iterdir()) - {path}:
+            newer.unlink()
 
 
 def test_an_infinite_gradient_stops_the_run(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ What is recognised is told by names and shapes alone: no weight is loaded before
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duo.errors import UserError
+from duo.foreign import json_value, read_text
 from duo.models import EMBEDDED, INDEX, family_of, load_family, local_folder, written_out
 from duo.rundir import RunDir, digest
 from duo.sources import HUB, PICKLES, hub_file, hub_files, hub_path, is_hub_id
@@ -178,7 +178,7 @@ def _folder(path: Path, names: Sequence[str], *, named: str) -> Artefact:
 def _network(config: Path) -> str:
     """Which kind of network a folder's config.json is of."""
     try:
-        table = json.loads(config.read_text(encoding="utf-8"))
+        table = json_value(read_text(config))
         if not isinstance(table, dict):
             raise ValueError(f"it holds a {type(table).__name__}, expected an object")
         known = {"model_type", "_class_name"} & {*table}
@@ -211,7 +211,7 @@ def _names(path: Path) -> tuple[list[str], dict[str, Any]]:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            record = json.loads((file.metadata() or {}).get("duo", "{}"))
+            record = json_value((file.metadata() or {}).get("duo", "{}"))
             return list(file.keys()), record if isinstance(record, dict) else {}
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as safetensors ({error}); download it again") from error

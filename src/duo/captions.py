@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 from duo.errors import UserError
+from duo.foreign import read_text
 
 COLUMNS = ("prompt", "caption", "text")  # of a CSV: the first of these that it has
 
@@ -15,7 +16,7 @@ def read_captions(path: Path) -> list[str]:
     """The captions in `path`, without the white space around them; empty lines, and rows with an empty caption, are no
     captions. Raises `UserError` where the file cannot be read, is not UTF-8, or has none."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin a CSV with a byte order mark
+        text = read_text(path, encoding="utf-8-sig")  # spreadsheets begin a CSV with a byte order mark
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:  # not UTF-8, or a path with a NUL in it

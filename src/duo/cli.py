@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from types import FrameType
 
 from duo import parallel
 from duo.errors import UserError
 from duo.flags import parser_for
+from duo.terminal import message, printable
 
-MISUSE, INTERRUPTED = 2, 130
+MISUSE, INTERRUPTED, TERMINATED = 2, 130, 143
 SHARED_VERBS = ("run", "pairs", "erase", "attack", "score")  # the work of which several processes share
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
-PATH_ERRORS = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+PATH_ERRORS = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
 MEMORY_ERRORS = ("out of memory", "can't allocate memory")  # as torch tells them on CUDA and on the CPU
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for what the user can mend, 130 where it was interrupted.
+    """Run one command and return its exit code: 0, 2 for what the user can mend, 130 where it was interrupted (Ctrl-C),
+    143 where it was terminated (SIGTERM).
 
     `duo check` returns 1 where a bound does not hold.
 
@@ -34,24 +40,49 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         parallel.go_alone()
     if parallel.is_main():
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no UTF-8, and a prompt no Unicode
+            sys.stdout.reconfigure(errors="backslashreplace")
         return _main(arguments)
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         return _main(arguments)
+
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, which ends what is at work as Ctrl-C does."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the context SIGTERM raises; who has a handler of their own, or is no main thread, keeps it."""
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise _TerminatedError
 
 
 def _main(arguments: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of a torchvision that nothing here needs
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        given = parser_for(arguments).parse_args(arguments)
-        return given.verb(given) or 0
+        with _terminable():
+            given = parser_for(arguments).parse_args(arguments)
+            return given.verb(given) or 0
     except UserError as error:
-        _tell(f"duo: {' '.join(str(error).split())}")
+        _tell(f"duo: {message(error)}")
         return MISUSE
     except OSError as error:
         if error.errno not in DISK_ERRORS + PATH_ERRORS:
             raise
-        _tell(f"duo: {error.filename or 'the disk'}: {error.strerror}; nothing is lost: {_again(arguments)}")
+        where = printable(os.fsdecode(error.filename or "the disk"))
+        _tell(f"duo: {where}: {error.strerror}; nothing is lost: {_again(arguments)}")
         return MISUSE
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in MEMORY_ERRORS):
@@ -63,9 +94,9 @@ def _main(arguments: list[str]) -> int:
             f"{_again(arguments)}"
         )
         return MISUSE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         _tell(f"\nduo: stopped; nothing is lost: {_again(arguments)}")
-        return INTERRUPTED
+        return TERMINATED if isinstance(stopped, _TerminatedError) else INTERRUPTED
 
 
 def _tell(text: str) -> None:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from duo import toybox
 from duo.errors import UserError, first_line
-from duo.sources import hub_file, is_hub_id
+from duo.sources import hub_file, is_hub_id, no_pickles
 
 T = TypeVar("T")
 EMBEDDED = "toybox"  # the name of the CLIP in the package, which knows the pictures of the embedded model alone
@@ -172,7 +172,7 @@ def _quiet() -> Iterator[None]:
 
 def _read(cls: Any, source: str, **options: Any) -> Any:
     try:
-        with _quiet():
+        with _quiet(), no_pickles():
             return cls.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source} cannot be read as a {cls.__name__}: {first_line(error)}") from error

@@ -26,6 +26,7 @@ from duo.plugins import Family, Run
 SCHEMA = 1
 KINDS = ("lora", "weights", "gated")
 COMPONENTS = ("unet", "transformer")  # what a denoiser is called in diffusers' pipelines and in LoRA files
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DIFFERENCE = ".diff"  # ends the names of kind "weights": nobody shall take a difference for the weight itself
 NAMES = {  # what tensors of each kind may be called; the halves of a low-rank product are looked for by themselves
     "lora": r".+",
@@ -281,10 +282,13 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 def _check_tensors(path: Path, kind: str, tensors: Mapping[str, Tensor]) -> None:
     """Raise `UserError` where a name is none of its kind's, half of a low-rank product is missing or does not fit the
-    other, or a tensor is not finite."""
+    other, or a tensor is not of numbers that are finite."""
     for name in tensors:
         if not re.fullmatch(NAMES[kind], name):
             raise UserError(f"{path} holds {name}, which is no name in a delta of kind {kind!r}; run `duo erase` again")
+        if tensors[name].dtype not in DTYPES:
+            told = str(tensors[name].dtype).removeprefix("torch.")
+            raise UserError(f"{path} holds {name} as {told}, which no erasure is; run `duo erase` again")
         module, low_rank, _ = name.partition(".lora_")
         down, up = (f"{module}.lora_{part}.weight" for part in "AB")
         if not low_rank and kind != "lora":

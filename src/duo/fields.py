@@ -22,6 +22,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from duo import plugins
 from duo.errors import UserError, did_you_mean
+from duo.foreign import TOO_DEEP, read_text, refuse_deep
 
 T = TypeVar("T")
 
@@ -179,11 +180,24 @@ def read_value(text: str) -> Any:
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file, or a `UserError` that names file and line."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path)
+        if any(part.count(".") > _MANY_DOTS for line in text.splitlines() for part in _names(line)):
+            raise ValueError(TOO_DEEP)  # of such names tomllib takes hours
+        table = tomllib.loads(text)
+        refuse_deep(table)
+        return table
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # of tomllib, of UTF-8, or of a path with a NUL in it
         raise UserError(f"{path} is not valid TOML: {error}") from error
+
+
+_MANY_DOTS = 1000  # in a name of a table or field
+
+
+def _names(line: str) -> list[str]:
+    """The parts of a line of TOML in which names can stand."""
+    return [line] if line.lstrip().startswith("[") else line.split("=")[:-1]
 
 
 class _FlagType:

@@ -25,11 +25,16 @@ def intact_images(stage: Stage, folder: Path, n: int, wanted: str | None) -> Non
     `wanted` is None where no digest was recorded, as by older versions of duo.
     """
     gone = account(folder)
-    for name in (f"{i:04d}.png" for i in range(n)):
-        if name not in gone:
-            stage.intact(str((folder / name).relative_to(stage.folder)))
+    for path in (folder / f"{i:04d}.png" for i in range(n)):
+        if path.name not in gone and not path.is_file():
+            raise stage.broken(path, "is missing")
     if wanted is not None and images_digest(folder, n) != wanted:
-        raise stage.broken(folder, "holds other images than its stage wrote")
+        first = folder.relative_to(stage.folder).parts[:1] or tuple(f"{i:04d}.png" for i in range(n))
+        raise stage.broken(folder, f"holds other images than its stage wrote{_named(stage.altered(*first))}")
+
+
+def _named(name: str | None) -> str:
+    return "" if name is None else f" ({Path(name).name})"
 
 
 def images_digest(folder: Path, n: int) -> str:

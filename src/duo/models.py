@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from duo import plugins
 from duo.errors import UserError, did_you_mean, first_line
+from duo.foreign import json_value, read_text
 from duo.sources import PICKLES, hub_file, is_hub_id
 
 if TYPE_CHECKING:
@@ -102,7 +102,9 @@ def denoiser_config(model: str, component: str, *, config: str | None = None) ->
     if hub_id(source) is not None and not path.is_file():
         path = hub_file(model, f"{component}/config.json", kind="a model", give="a local folder by --model")
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json_value(read_text(path))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, expected an object")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     return found
@@ -181,8 +183,9 @@ def _checkpoint_class(path: Path, config: str | None) -> str:
         )
     keys = _keys(path)
     denoiser_input = keys.get(f"{_DENOISER}input_blocks.0.0.weight")
-    if denoiser_input is not None and denoiser_input[1] != 4:
-        raise UserError(f"{path} is no text-to-image model: its U-Net takes {denoiser_input[1]} channels, expected 4")
+    if denoiser_input is not None and denoiser_input[1:2] != [4]:
+        told = f"{denoiser_input[1]} channels" if len(denoiser_input) > 1 else "no image"
+        raise UserError(f"{path} is no text-to-image model: its U-Net takes {told}, expected 4 channels")
     marked = next(
         (cls for mark, cls in _MARKS.items() if any(key.removeprefix(_DENOISER).startswith(mark) for key in keys)), None
     )
@@ -211,7 +214,7 @@ def _keys(path: Path) -> dict[str, list[int]]:
 
 def _pipeline_class(index: Path) -> str:
     try:
-        name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        name = json_value(read_text(index)).get("_class_name")
     except (ValueError, AttributeError, OSError) as error:
         raise UserError(f"{index} cannot be read as JSON: {error}") from error
     if not isinstance(name, str):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import unicodedata
 from collections import Counter
@@ -21,15 +22,16 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from duo.errors import UserError
+from duo.foreign import json_value, read_whole
+from duo.image_files import opened
 from duo.refusal import is_sexual, minor_mentioned, texts_of
 
 SIDES = ("unsafe", "safe")
 DECISIONS = ("keep", "reject")
 ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
-DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # Pillow's, of one channel; 16 bits of RGB it scales down
 OPAQUE = (255, 255)  # least and largest alpha
 LONGEST_SHOWN = 200  # letters of a file's name in a message
 
@@ -162,7 +164,7 @@ class PairFiles:
     @classmethod
     def _of_csv(cls, path: Path) -> Self:
         try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
+            with io.StringIO(read_whole(path).decode("utf-8-sig"), newline="") as file:
                 columns = [column.strip() for column in next(csv.reader(file), [])]
                 rows = list(csv.DictReader(file, fieldnames=columns))
         except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8
@@ -255,14 +257,11 @@ def _image(path: Path) -> Image.Image:
     What RGB cannot hold is refused: Pillow would cut grey values off at 255, and show what transparency hides.
     """
     try:
-        with Image.open(path) as image:
-            if image.mode in DEEP_MODES:
-                raise UserError(f"{path} has more than 8 bits a pixel in grey; convert it to 8 bits, or to RGB")
+        with opened(path) as image:
             if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != OPAQUE:
                 raise UserError(f"{path} has transparent parts, which no model sees; put it on a background")
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow raises SyntaxError on a broken PNG
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as an image; make or fetch it again") from error
 
 
@@ -292,7 +291,7 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     problems = []
     for number, line in enumerate(_lines(path), start=1):
         try:
-            row = json.loads(line)
+            row = json_value(line)
         except ValueError:
             row = None
         if not isinstance(row, dict):
@@ -314,5 +313,5 @@ def name_of(row: Mapping[str, Any]) -> str | None:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    if path.exists():
-        yield from path.read_bytes().decode("utf-8", errors="replace").splitlines()
+    if path.is_file():
+        yield from read_whole(path).decode("utf-8", errors="replace").splitlines()

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from duo.errors import UserError
+from duo.foreign import read_whole
 from duo.sources import hub_file, hub_files, hub_path
 
 LONGEST = 10_000  # characters; the longest prompt of the known sets has 1093
@@ -35,7 +36,7 @@ ASSEMBLED = ("nudity", "people", "location")  # Ring-A-Bell's half of its pairs 
 
 _N = TypeVar("_N", int, float)
 _SHOWN = 24  # characters of a column's name in messages: a file without a header has prompts there
-_FILTER = re.compile(r"\s*(.+?)\s*(>=|<=|!=|==?|>|<|\bhas\b)\s*(.*?)\s*")
+_OPERATOR = re.compile(r">=|<=|!=|==?|>|<|\bhas\b")
 _COMPARED: Mapping[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
@@ -173,7 +174,7 @@ class _Table:
     def read(cls, path: str, *, lines: bool = False) -> _Table:
         file = _located(path)
         try:
-            data = file.read_bytes()
+            data = read_whole(file)
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
         text, digest = _decoded(path, data), hashlib.sha256(data).hexdigest()
@@ -211,10 +212,12 @@ class _Filter:
     @classmethod
     def read(cls, text: str) -> _Filter:
         """`ValueError` where `text` is no filter."""
-        found = _FILTER.fullmatch(text)
-        if found is None or not found[3]:
+        plain = text.strip()
+        found = _OPERATOR.search(plain, 1)  # the column has one character or more
+        value = "" if found is None else plain[found.end() :].lstrip()
+        if found is None or not value:
             raise ValueError(f"filter {text!r} is none; expected such as 'nudity_percentage > 50'")
-        one = cls(text=text, column=found[1], operator=found[2], value=found[3])
+        one = cls(text=text, column=plain[: found.start()].rstrip(), operator=found[0], value=value)
         if one.operator[0] in "<>" and _number(one.value) is None:
             raise ValueError(f"filter {text!r} compares with {one.value!r}, expected a number")
         return one

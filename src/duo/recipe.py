@@ -210,6 +210,11 @@ class ScoreSettings:
         return {name: value for name, value in rows.items() if name not in plain or value != plain[name]}
 
 
+def is_row_name(name: str) -> bool:
+    """Whether an attack row may be called so."""
+    return name.replace("_", "").replace("-", "").isalnum()
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackRow:
     """One row of the attack table: a leaf of `attacks/`, the prompts it starts from, and how many images are judged."""
@@ -228,7 +233,7 @@ class AttackRow:
         _at_least(self, images=1)
         if self.searches is not None:
             _at_least(self, searches=1)
-        if not self.row.replace("_", "").replace("-", "").isalnum():
+        if not is_row_name(self.row):
             raise ValueError(f"row is {self.row!r}, expected letters, digits, _ and - (it names a folder)")
         if self.row in KEPT_NAMES:
             raise ValueError(f"row is {self.row!r}, which is the folder of the images that attacks learn from")

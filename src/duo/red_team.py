@@ -25,7 +25,7 @@ from typing import Any
 
 from duo.errors import UserError, did_you_mean
 from duo.fields import as_table, build, read_toml
-from duo.recipe import AttackRow, Recipe, merged
+from duo.recipe import AttackRow, Recipe, is_row_name, merged
 
 FOLDER = Path(__file__).parent / "red_teams"
 ALL = "all"
@@ -95,6 +95,8 @@ def with_baselines(rows: Sequence[AttackRow], random: dict[str, Any]) -> list[At
 
 def _beside(found: list[AttackRow], row: AttackRow, name: str, settings: dict[str, Any], called: str) -> str:
     """The row of a baseline with the same prompts and as many images, added to `found` where it is not there."""
+    if not is_row_name(called):
+        raise UserError(f"attack {row.row}: prompts is {row.prompts!r}, expected letters, digits, _ and -")
     like = AttackRow(
         row=called,
         name=name,

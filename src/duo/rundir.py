@@ -6,6 +6,7 @@ only if the manifest is there. Both hold the stage's configuration, and going on
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import io
@@ -16,18 +17,22 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duo import parallel
 from duo.errors import UserError
+from duo.foreign import json_value, read_text, read_whole, refuse_strays
 from duo.plugins import Precision, Sampling
 from duo.purged import removed
+from duo.terminal import printable
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +55,8 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
+    except OSError as error:
+        raise _naming(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -57,8 +64,25 @@ def write_bytes(path: Path, data: bytes) -> None:
 def private(folder: Path) -> None:
     """Make a folder that its owner alone may look into, for images that nobody else shall see; one that is there stays
     as it is."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def _naming(path: Path, error: OSError) -> OSError:
+    """The same error with the file that was to be written: a full disk is told without one, or with a temporary's."""
+    return OSError(error.errno, error.strerror, str(path))
+
+
+def sweep(folder: Path, *, deep: bool = True) -> None:
+    """Remove what a kill in the midst of a write left in a folder, and in those below it where `deep`.
+
+    That is `write_bytes`'s, and what safetensors writes before it renames.
+    """
+    for pattern in (".*.tmp", ".tmp*"):
+        for leftover in folder.rglob(pattern) if deep else folder.glob(pattern):
+            if leftover.is_file():
+                leftover.unlink()
 
 
 def make_room(path: Path) -> None:
@@ -71,25 +95,42 @@ def make_room(path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; name another --out") from error
 
 
+_ESCAPED = "backslashreplace"  # of names that are no UTF-8: Python's escapes of lone surrogates are JSON's
+
+
 def write_json(path: Path, value: object) -> None:
     """Write `value` indented, keys in their order, ending in a newline; NaN and infinity are refused."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(errors=_ESCAPED))
 
 
-def read_json(path: Path, *, todo: str = "restore it, or start anew with another --out") -> Any:
-    """The value in a JSON file of a run, or a `UserError` that names the file and, of a broken one, what is `todo`."""
+def read_json(path: Path, *, todo: str = "restore it, or start anew with another --out", finite: bool = True) -> Any:
+    """The value in a JSON file of a run, or a `UserError` that names the file and, of a broken one, what is `todo`.
+
+    Not `finite`: as for `duo.foreign.json_value`.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json_value(read_text(path), table=partial(Table, path), finite=finite)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run the stage that writes it") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); {todo}") from error
+
+
+class Table(dict[str, Any]):
+    """An object of a run's JSON; a field that it lacks is told with the file's name."""
+
+    def __init__(self, path: Path, table: Mapping[str, Any]) -> None:
+        super().__init__(table)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.path} has no field {key!r}; restore it, or start anew with another --out")
 
 
 def read_table(path: Path, key: str) -> dict[str, Any]:
     """As `read_json`, of an object that must have `key`."""
     value = read_json(path)
-    if not isinstance(value, dict) or not isinstance(value.get(key), dict):
+    if not isinstance(value, Table) or not isinstance(value.get(key), dict):
         raise UserError(f"{path} has no table {key!r}; restore it, or start anew with another --out")
     return value
 
@@ -100,13 +141,32 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line by one `write`, so that a kill leaves at most one broken line, the last."""
+    """Add one line, whole or not at all; what a kill left of a line is cut off first.
+
+    Several processes may add to one file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, _line(row).encode())
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # a line that another process has half written is none of a kill's
+        before = _end_of_lines(descriptor)
+        line = _line(row).encode()
+        if os.write(descriptor, line) < len(line):  # which is how a disk says first that it is full
+            os.ftruncate(descriptor, before)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise _naming(path, error) from error
     finally:
         os.close(descriptor)
+
+
+def _end_of_lines(descriptor: int) -> int:
+    """The length of a file whose last line is whole: what follows its last newline is cut off."""
+    length = os.fstat(descriptor).st_size
+    if length and os.pread(descriptor, 1, length - 1) != b"\n":
+        length = os.pread(descriptor, length, 0).rfind(b"\n") + 1
+        os.ftruncate(descriptor, length)
+    return length
 
 
 def read_jsonl(path: Path, *, appended: bool = False) -> list[dict[str, Any]]:
@@ -117,15 +177,15 @@ def read_jsonl(path: Path, *, appended: bool = False) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    whole, _, cut_off = path.read_bytes().rpartition(b"\n")
     try:
+        whole, _, cut_off = read_whole(path).rpartition(b"\n")
         if cut_off and not appended:
             raise ValueError("its last line is cut off")
-        rows = [json.loads(line) for line in whole.splitlines()]
+        rows = [json_value(line, table=partial(Table, path)) for line in whole.splitlines()]
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("a row is no object")
         return rows
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not valid JSONL ({error}); restore it, or start anew with another --out") from error
 
 
@@ -142,12 +202,12 @@ def write_image(path: Path, image: Image) -> None:
 
 def read_image(path: Path, *, remedy: str) -> Image:
     """The RGB picture in a file of a run, or a `UserError` that names the file and the `remedy`."""
-    from PIL import Image
+    from duo.image_files import opened
 
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG
+    except (OSError, ValueError) as error:
         if removed(path):
             raise UserError(f"{path} was removed by `duo purge`; make it anew, in another --out") from None
         raise UserError(f"{path} cannot be read as an image; {remedy}") from error
@@ -167,6 +227,8 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 DELTA = "delta.safetensors"  # in the folder of the erase stage
+RUN = "run.json"  # in every run folder
+BLOCKS = "blocks"  # in the folder of a stage that is cut into such, until it is finished
 
 
 # --- stages -------------------------------------------------------------------------------------
@@ -210,20 +272,59 @@ class Stage:
         if self.begun:
             self._same(config, may_rise)
         if self.finished:
-            self.partial.unlink(missing_ok=True)  # a kill may have come between the two
+            self._tidy()  # a kill may have come between the manifest and that
             return False
         new = {"schema": SCHEMA, "config": json.loads(json.dumps(config))}
         if not self.begun or read_json(self.partial) != new:
             write_json(self.partial, new)
-        for leftover in self.folder.rglob(".*.tmp"):
-            leftover.unlink()
+        sweep(self.folder)
         return True
 
     def finish(self, **record: Any) -> None:
-        """Write the manifest: the configuration that the stage was begun with, and what it has to tell."""
+        """Write the manifest: the configuration that the stage was begun with, what it has to tell, and the digests of
+        its files.
+
+        The records of its blocks, which were gathered into its own files, go with `partial.json`.
+        """
         _tidy_log(self.folder / "log.jsonl")
-        write_json(self.manifest, {**read_json(self.partial), **record})
-        self.partial.unlink()
+        files = {str(path.relative_to(self.folder)): digest(path) for path in self._made()}
+        write_json(self.manifest, {**read_json(self.partial), **record, **({"files": files} if files else {})})
+        self._tidy()
+
+    def _made(self) -> Iterator[Path]:
+        """The files that the stage leaves, in order: not those that are added to, nor what serves to go on, nor those
+        of run folders in it, whose stages have manifests of their own."""
+        if (self.folder / RUN).exists():
+            return
+        for path in sorted(self.folder.rglob("*")):
+            parts = path.relative_to(self.folder).parts
+            passing = parts[0] in (BLOCKS, "checkpoints") or path.name in (*GROWING, self.partial.name)
+            inner = (self.folder.joinpath(*parts[:i], RUN) for i in range(1, len(parts)))
+            if path.is_file() and not passing and not path.name.startswith(".") and not any(map(Path.exists, inner)):
+                yield path
+
+    def altered(self, *folders: str) -> str | None:
+        """The first file in `folders` of this finished stage that is not what it wrote, if any.
+
+        Files that are no longer there are passed over. Of a stage that an older version of duo made nothing is known.
+        """
+        for name, wanted in self._files().items():
+            path = self.folder / name
+            if Path(name).parts[0] in folders and path.is_file() and digest(path) != wanted:
+                return name
+        return None
+
+    def sealed(self, name: str) -> str | None:
+        """The digest that the manifest has of a file of this finished stage."""
+        return self._files().get(name)
+
+    def _files(self) -> dict[str, str]:
+        files = read_json(self.manifest).get("files", {})
+        return files if isinstance(files, dict) else {}
+
+    def _tidy(self) -> None:
+        shutil.rmtree(self.folder / BLOCKS, ignore_errors=True)
+        self.partial.unlink(missing_ok=True)
 
     def require(self, verb: str, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The manifest of a stage that must be finished, or a `UserError` that says which verb finishes it.
@@ -326,10 +427,6 @@ class Blocks:
         """The records of all blocks that are done, in order."""
         return [read_json(path) for path in map(self._path, self.ranges) if path.exists()]
 
-    def clear(self) -> None:
-        """Remove the record files, once they are gathered into the stage's own."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _path(self, rows: range) -> Path:
         return self.folder / f"{rows.start:04d}.json"
 
@@ -354,7 +451,7 @@ def _raised(old: Any, new: Any, fields: Sequence[str]) -> Any:
     """`old` with those `fields` ("table.name") taken from `new` that are larger numbers there."""
     for field_name in fields:
         table, _, name = field_name.partition(".")
-        before, now = ((one.get(table) or {}).get(name) for one in (old, new))
+        before, now = (one[table].get(name) if isinstance(one.get(table), dict) else None for one in (old, new))
         if isinstance(before, int) and isinstance(now, int) and now > before:
             old = {**old, table: {**old[table], name: now}}
     return old
@@ -366,10 +463,13 @@ def _short(value: object) -> str:
 
 
 def _tidy_log(path: Path) -> None:
-    """Of a row that was written again after a resume, keep the last: the log of a run that was never stopped."""
-    rows: dict[object, dict[str, Any]] = {}
+    """Of a row that was written again after a resume, keep the last: the log of a run that was never stopped.
+
+    Which step a row is of its whole numbers and words say: {"restart", "step"}, of an attack that starts again.
+    """
+    rows: dict[str, dict[str, Any]] = {}
     for row in read_jsonl(path, appended=True):
-        rows[row["step"] if "step" in row else _line(row)] = row
+        rows[_line({name: value for name, value in row.items() if "step" not in row or type(value) is not float})] = row
     if rows:
         write_jsonl(path, rows.values())
 
@@ -385,9 +485,10 @@ class RunDir:
 
     def require(self) -> None:
         """Raise a `UserError` where this is not the folder of a run."""
-        if not (self.path / "run.json").is_file():
+        if not (self.path / RUN).is_file():
             lacks = "it has no run.json" if self.path.is_dir() else "there is no such folder"
             raise UserError(f"{self.path} is not a run folder: {lacks}; give the --out of a `duo run`")
+        refuse_strays(self.path)
 
     def stage(self, *parts: str) -> Stage:
         """The stage at `pairs`, `erase`, `attack/<row>/<model>` or `score`."""
@@ -403,22 +504,36 @@ class RunDir:
         made = stage.require("erase")
         wanted: str = made["digest"]
         elsewhere = made.get("artefact", {"kind": "delta"})
+        if not isinstance(elsewhere, dict) or not isinstance(elsewhere.get("path", ""), str):
+            raise stage.broken(stage.manifest, "has an artefact without a path")
         if elsewhere["kind"] != "delta":
             return Path(elsewhere["path"]), wanted
         return stage.intact(DELTA, wanted), wanted
 
     def scores(self) -> Path:
-        """The `scores.json` of the finished score stage; it and the verdicts must be those that the stage wrote."""
+        """The `scores.json` of the finished score stage; it, the verdicts and the images that were drawn to be scored
+        must be those that the stage wrote."""
         stage = self.stage("score")
         wanted = stage.require("score").get("digests", {})  # older versions of duo recorded none
+        if not isinstance(wanted, dict):
+            raise stage.broken(stage.manifest, "has digests that are no table")
         scores, _ = (stage.intact(name, wanted.get(name)) for name in SCORED)
+        if changed := stage.altered("images"):
+            raise stage.broken(stage.folder / changed, "is not what its stage wrote")
         return scores
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run folder for this process; a `UserError` names the process that holds it already."""
+        """Hold the run folder for this process; a `UserError` names the process that holds it already.
+
+        Whoever holds it may ask again, and loses it where it was got first.
+        """
+        if self.path.resolve() in _held():
+            yield
+            return
         try:
             private(self.path)
+            refuse_strays(self.path)
             handle = (self.path / ".lock").open("a+")
         except OSError as error:
             raise UserError(f"cannot write to {self.path}: {error.strerror}; name another --out") from error
@@ -432,7 +547,12 @@ class RunDir:
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}, started {_now()}\n")
             handle.flush()
-            yield
+            sweep(self.path, deep=False)
+            _held().add(self.path.resolve())
+            try:
+                yield
+            finally:
+                _held().discard(self.path.resolve())
 
     def describe(
         self, record: Mapping[str, Any], *, fixed: Mapping[str, Sequence[str]], may_rise: Sequence[str] = ()
@@ -442,7 +562,7 @@ class RunDir:
         `fixed` names, for each stage, the fields of `record["recipe"]` that may not change once it is begun; numbers in
         them that `may_rise` names ("pairs.max_tries") may be larger than they were.
         """
-        path = self.path / "run.json"
+        path = self.path / RUN
         new = json.loads(json.dumps({"schema": SCHEMA, **record}))
         old = read_table(path, "recipe") if path.exists() else new
         kept = [field for stage, names in fixed.items() if self.stage(stage).begun for field in names]
@@ -478,6 +598,15 @@ class RunDir:
             append_jsonl(self.path / "timings.jsonl", row)
 
 
+_THREAD = threading.local()
+
+
+def _held() -> set[Path]:
+    """The run folders that this thread holds."""
+    held: set[Path] = _THREAD.__dict__.setdefault("held", set())
+    return held
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
@@ -500,8 +629,6 @@ class StageRun:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if parallel.is_main():
-            _cut_broken_line(self.folder / "log.jsonl")
 
     def progress(self, total: int, label: str) -> AbstractContextManager[Progress]:
         """A bar on a terminal; elsewhere about ten plain lines on stderr."""
@@ -513,17 +640,10 @@ class StageRun:
             append_jsonl(self.folder / "log.jsonl", numbers)
 
 
-def _cut_broken_line(path: Path) -> None:
-    if path.exists():
-        data = path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            write_bytes(path, data[: data.rfind(b"\n") + 1])
-
-
 def note(text: str) -> None:
     """Tell something that is no error, once for all processes."""
     if parallel.is_main():
-        print(f"note: {text}", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"note: {printable(text)}", file=sys.stderr, flush=True)  # noqa: T201
 
 
 @dataclass

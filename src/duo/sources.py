@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from duo.errors import UserError, first_line
@@ -10,6 +12,22 @@ from duo.errors import UserError, first_line
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")  # suffixes; to read such a file is to run code that it may hold
 HUB = "hub:"  # begins the name of a file or folder on the hub
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@contextmanager
+def no_pickles() -> Iterator[None]:
+    """Within it torch reads no pickle, whatever a loader asks for: the index of a network's shards may name one."""
+    import torch
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("it names a pickle, which can run code and is not read")
+
+    was = torch.load
+    torch.load = refuse
+    try:
+        yield
+    finally:
+        torch.load = was
 
 
 def is_hub_id(source: str) -> bool:

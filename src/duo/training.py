@@ -201,9 +201,10 @@ def fit(
     what is told) of the whole batch; gradients are summed before the step. A loss that is not `shared` is computed
     whole by each of them, and counts for its part. `lr_num_cycles` is for "cosine_with_restarts" alone.
 
-    Every `checkpointing_steps`, and at the end, the state goes to `folder`; the last two are kept and a run starts from
-    the newest. `record` (JSON values) is kept with it: a run with another one is refused. A loss or gradient that is
-    not finite stops the run before it touches the parameters.
+    Every `checkpointing_steps`, and at the end, the state goes to `folder`, once the step was taken up by the caller,
+    who may log it: no log lacks a step that a checkpoint has. The last two are kept and a run starts from the newest.
+    `record` (JSON values) is kept with it: a run with another one is refused. A loss or gradient that is not finite
+    stops the run before it touches the parameters, and parameters that are not finite before they are kept.
     """
     optimizer = adamw(parameters, learning_rate=learning_rate, weight_decay=weight_decay, eight_bit=optimizer_8bit)
     generator = torch.Generator().manual_seed(seed)
@@ -232,14 +233,11 @@ def fit(
         scalars = [value, norm, *told.values()]
         loss_value, grad_norm, *rest = torch.stack([scalar.float() for scalar in scalars]).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm)):
-            kept = _checkpoints(folder)
-            raise DivergedError(
-                f"step {step}: loss {loss_value}, gradient norm {grad_norm}; lower learning_rate "
-                f"(now {learning_rate:g}) in a new --out{f'; the last good checkpoint is {kept[-1]}' if kept else ''}"
-            )
+            raise _diverged(folder, step, f"loss {loss_value}, gradient norm {grad_norm}", learning_rate)
         optimizer.step()
-        if parallel.is_main() and (step % checkpointing_steps == 0 or step == steps):
-            _save(folder, step, parameters, optimizer, generator, record)
+        keep = step % checkpointing_steps == 0 or step == steps
+        if keep and not all(bool(parameter.isfinite().all()) for parameter in parameters):
+            raise _diverged(folder, step + 1, "the parameters are not finite", learning_rate)
         yield Step(
             step=step,
             total=steps,
@@ -248,6 +246,18 @@ def fit(
             learning_rate=rate,
             numbers=dict(zip(told, rest, strict=True)),
         )
+        if keep and parallel.is_main():
+            _save(folder, step, parameters, optimizer, generator, record)
+
+
+def _diverged(folder: Path, step: int, found: str, learning_rate: float) -> DivergedError:
+    """What to tell of a training that ended as step `step` began: it is from the parameters of the step before that
+    a loss comes out not finite, so that the checkpoint of that one is not good."""
+    kept = [path for path in _checkpoints(folder) if path < _checkpoint(folder, step - 1)]
+    return DivergedError(
+        f"step {step}: {found}; lower learning_rate (now {learning_rate:g}) in a new --out"
+        f"{f'; the last good checkpoint is {kept[-1]}' if kept else ''}"
+    )
 
 
 def after_tuning(
@@ -353,9 +363,18 @@ def _whole(
     return scalars[0], dict(zip(told, scalars[1:], strict=True))
 
 
+def _checkpoint(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step:07d}.safetensors"
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """Oldest first: the names hold the step with leading zeros."""
     return sorted(folder.glob("checkpoint-*.safetensors"))
+
+
+def _forget_old(folder: Path) -> None:
+    for old in _checkpoints(folder)[:-CHECKPOINTS_KEPT]:
+        old.unlink()
 
 
 def _save(
@@ -367,15 +386,14 @@ def _save(
     record: Mapping[str, Any],
 ) -> None:
     save_training_state(
-        folder / f"checkpoint-{step:07d}.safetensors",
+        _checkpoint(folder, step),
         step=step,
         modules={"adapter": parameters},
         optimizer=optimizer,
         generator=generator,
         record={"run": record},
     )
-    for old in _checkpoints(folder)[:-CHECKPOINTS_KEPT]:
-        old.unlink()
+    _forget_old(folder)
 
 
 def _resume(
@@ -389,13 +407,16 @@ def _resume(
     found = _checkpoints(folder)
     if not found:
         return 0
-    newest = found[-1]
-    before: Any = read_tensors(newest)[1].get("run", {})
+    newest, todo = found[-1], "delete it to go on from the one before, or from the start"
+    kept = read_tensors(newest, todo=todo)[1].get("run")
+    before = kept if isinstance(kept, dict) else {}
     if before != dict(record):
         changed = sorted(key for key in {*before, *record} if before.get(key) != record.get(key))
         raise UserError(f"{newest} was made with another {', '.join(changed)}; name a new --out or undo the change")
     try:
         step, _ = load_training_state(newest, modules={"adapter": parameters}, optimizer=optimizer, generator=generator)
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"{newest} cannot be resumed from ({error}); delete it to go on from the one before") from error
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{newest} cannot be resumed from ({error}); {todo}") from error
+    if parallel.is_main():
+        _forget_old(folder)  # a kill may have come between the newest and that
     return step

@@ -22,6 +22,7 @@ from duo.recipe import PairSettings, Recipe, ScoreSettings, for_audit, load_reci
 from duo.red_team import ALL, budget_names, chosen, red_team
 from duo.rundir import read_table
 from duo.strength import StrengthSearch
+from duo.terminal import printable
 
 if TYPE_CHECKING:
     from duo.stages import Session
@@ -74,7 +75,7 @@ def run(given: argparse.Namespace) -> None:
         from duo import stages
 
         for line in stages.plan(_session(given, recipe)):
-            print(line)
+            print(printable(line))
         return
     if (given.out / "run.json").exists() and not given.resume:
         finished = (given.out / "report.html").exists()
@@ -103,7 +104,7 @@ def check_pairs(given: argparse.Namespace) -> None:
     found = PairFiles.of_folders(given.unsafe, given.safe) if given.source is None else PairFiles.find(given.source)
     problems = found.check()
     for problem in problems:
-        print(problem)
+        print(printable(problem))
     if problems:
         raise UserError(f"{found.where}: {len(problems)} problem{'s' if len(problems) > 1 else ''}, listed above")
     print(f"{found.where}: {len(found.files)} pairs, nothing wrong")
@@ -117,14 +118,14 @@ def erase(given: argparse.Namespace) -> int:
     session = _session(given, recipe)
     if given.dry_run:
         for line in stages.plan_erasure(session) if asked is None else stages.plan_search(session, asked):
-            print(line)
+            print(printable(line))
         return 0
     if asked is None:
         stages.erase(session)
     else:
         outcome = stages.search_strength(session, asked, command=lambda one: _command(_with_set(given, one), recipe))
         for line in stages.told(session, outcome):
-            print(line)
+            print(printable(line))
         if outcome.chosen is None:
             return FAILED
         print(f"attack and score it with `duo attack {shlex.quote(str(given.out))} --report`")
@@ -158,7 +159,7 @@ def attack(given: argparse.Namespace) -> None:
     session = _session(given, recipe)
     if given.dry_run:
         for line in stages.plan(session):
-            print(line)
+            print(printable(line))
         return
     stages.attack(session)
     beside = sum(row.baseline for row in recipe.attacks)
@@ -217,7 +218,7 @@ def bench(given: argparse.Namespace) -> None:
 
     if given.dry_run:
         for line in benching.outlook(grid, out=given.out, results=results, only=given.only):
-            print(line)
+            print(printable(line))
         return
     engine = (
         here
@@ -252,7 +253,7 @@ def _tell_report(page: Path) -> None:
 
     found = read_json(page.with_name("report.json"))
     for line in verdict(found):
-        print(line)
+        print(printable(line))
     for one in found["warnings"]:
         print(f"Warning: {visible(one['text'])}")
     print(page)
@@ -260,7 +261,6 @@ def _tell_report(page: Path) -> None:
 
 def check(given: argparse.Namespace) -> int:
     from duo.report import gate
-    from duo.report.escape import printable
     from duo.report.evidence import gather
 
     tables = {name: getattr(given, name) for name in gate.TABLES}
@@ -284,7 +284,7 @@ def check(given: argparse.Namespace) -> int:
         print(json.dumps(gate.as_json(evidence, wanted, outcomes), indent=2, allow_nan=False))
     else:
         for line in gate.lines(evidence, wanted, outcomes):
-            print(line)
+            print(printable(line))
         for one in gate.told_of(evidence):
             print(f"warning: {printable(one.text)}", file=sys.stderr)
     return 0 if all(one.passed for one in outcomes) else FAILED
@@ -340,7 +340,7 @@ def merge(given: argparse.Namespace) -> None:
     print(f"{given.out}: no adapter is left; images differ by at most {merged.difference}/255 from the erased model's")
     for one in merged.rescored:
         told = f"{one.concept}, attack row {one.row}: detected in {one.after} of {one.n} images by the merged weights"
-        print(f"{told}, in {one.before} in the run")
+        print(printable(f"{told}, in {one.before} in the run"))
     for source in merged.unscored:
         print(f"{source}: no finished attacks, so its rates by the merged weights are not known; measure them")
     _warn_of_no_fall(given.sources)
@@ -359,7 +359,7 @@ def _warn_of_no_fall(sources: Sequence[Path]) -> None:
 
     for source in sources:
         if reason := doubt(source):
-            print(f"warning: {source} does not show that its concept went: {reason}", file=sys.stderr)
+            print(printable(f"warning: {source} does not show that its concept went: {reason}"), file=sys.stderr)
 
 
 def train(given: argparse.Namespace) -> None:

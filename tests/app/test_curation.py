@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,9 @@ def test_what_cannot_be_decided_is_refused(place: Place) -> None:
     with pytest.raises(UserError, match="the decision is 'maybe', expected keep or reject, or none"):
         curation.decide("0000", "maybe")
     assert place.run is not None
-    with place.run.locked(), pytest.raises(UserError, match="is in use by"):
-        curation.decide("0000", "keep")
+    # another thread is another user
+    with place.run.locked(), ThreadPoolExecutor(1) as other, pytest.raises(UserError, match="is in use by"):
+        other.submit(curation.decide, "0000", "keep").result()
     assert (place.pairs / "pairs.jsonl").read_bytes() == before
 
 

@@ -266,7 +266,7 @@ def test_a_resumed_erasure_ends_with_the_same_file(tiny_sd, concept: SmallFire, 
 
     class StoppedWhileLearning(RecordingRun):
         def update(self, step: int, **numbers: float) -> None:
-            if step == 2 and "loss" in numbers and "attention" not in numbers:
+            if step == 3 and "loss" in numbers and "attention" not in numbers:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

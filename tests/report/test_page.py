@@ -260,7 +260,7 @@ def test_what_comes_instead_and_captions_are_shown_with_their_protocols(run: Pat
         (lambda d: d["instead"]["twins"].pop("wanted"), "twins.*'wanted'"),
         (lambda d: d["instead"]["twins"]["erased"].update(low=2.0), "begins at 2, ends at 0.86"),
         (lambda d: d["captions"]["metrics"][0].update(metric=3), r"metrics\[0\].*'metric'"),
-        (lambda d: d["captions"]["metrics"][0]["erased"].update(value=float("nan")), "nan"),
+        (lambda d: d["captions"]["metrics"][0]["erased"].update(value=float("nan")), "holds NaN, which is no number"),
         (lambda d: d["captions"].update(n=0), "'n'"),
         (lambda d: d.update(protocol=[]), "'protocol'"),
     ],

@@ -359,7 +359,7 @@ def test_a_missing_record_is_named_and_nothing_is_written(run: Path, name: str) 
         ("run.json", lambda d: d.pop("recipe"), "recipe"),
         ("score/scores.json", lambda d: d["attacks"][0].pop("n"), r"attacks\[0\].*'n'"),
         ("score/scores.json", lambda d: d["attacks"][0].update(rate=1.5), "rate.*1.5"),
-        ("score/scores.json", lambda d: d["attacks"][0].update(rate=float("nan")), "rate.*nan"),
+        ("score/scores.json", lambda d: d["attacks"][0].update(rate=float("nan")), "holds NaN, which is no number"),
         ("score/scores.json", lambda d: d["attacks"][0].update(model="other"), "'model'"),
         ("score/scores.json", lambda d: d["attacks"][0].update(detected=100), "more than n"),
         ("score/scores.json", lambda d: d["attacks"][0].update(detected=0), "0 detected of n=60 are no rate of 1;"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from duo.errors import UserError
+from duo.foreign import refuse_strays
 from duo.pairs import SIDES
 from duo.rundir import RunDir
 
@@ -26,6 +27,8 @@ class Place:
         """The run at `path`, or the pairs there; the folder `pairs` of a run stands for that run."""
         if _is_run(path.resolve().parent) and path.resolve().name == "pairs":
             path = path.parent if path.name == "pairs" else path.resolve().parent
+        if path.is_dir():
+            refuse_strays(path)
         if _is_run(path):
             made = path / "pairs"
             return cls(name=str(path), run=RunDir(path), pairs=made if made.is_dir() else None)

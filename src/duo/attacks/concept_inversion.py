@@ -126,9 +126,9 @@ class ConceptInversion:
                 # Not `backward`, which would also fill the gradients of whatever the erasure left trainable.
                 (embedding.grad,) = torch.autograd.grad(loss, [embedding])
                 optimizer.step()
+                run.log(restart=learning.name, step=step, loss=loss.item())  # first: no log lacks what a state has
                 if step % self.checkpointing_steps == 0:
                     learning.save(step, state, optimizer, generator)
-                run.log(restart=learning.name, step=step, loss=loss.item())
                 bar.update(step, loss=loss.item())
         return embedding
 

@@ -31,6 +31,7 @@ from duo.attacks._images import image_of, stacked
 from duo.checkpoint import read_tensors, write_tensors
 from duo.errors import UserError
 from duo.fields import check_above_0, check_above_0_or_none
+from duo.image_files import opened
 from duo.plugins import Access, Attempt, Run
 from duo.sampling import inverted
 
@@ -136,7 +137,7 @@ class InversionProbe:
 def _read(path: Path, size: tuple[int, int]) -> Image.Image:
     """The image, cut and brought to `size`."""
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             return ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG
+    except (OSError, ValueError) as error:
         raise UserError(f"inversion_probe: {path} cannot be read as an image; take it out of the folder") from error

@@ -173,9 +173,9 @@ class _Game:
                     self.candidates[math.ceil(epoch / own.keep_every) - 1] = self.embedding.detach()
                 if own.erase_every is not None and epoch % own.erase_every == 0 and epoch < own.epochs:
                     told["erased"] = self.erase(rows, epoch)
+                run.log(restart=learning.name, epoch=epoch, **told)  # first: no log lacks what a state has
                 if epoch % own.checkpointing_epochs == 0:
                     learning.save(epoch, state, self.optimizer, self.generator)
-                run.log(restart=learning.name, epoch=epoch, **told)
                 bar.update(epoch, **told)
         scores = self.scores()
         best = int(scores.argmin())

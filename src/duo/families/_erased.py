@@ -27,6 +27,7 @@ from duo.errors import UserError, first_line
 from duo.families._diffusers import DiffusersFamily
 from duo.families._loading import quiet
 from duo.plugins import Family
+from duo.sources import no_pickles
 
 WEIGHTS = ".safetensors"
 # How the names of a denoiser begin in its authors' own code, and the prefix that they have in whole checkpoints.
@@ -385,7 +386,8 @@ def _values(tensors: Mapping[str, Tensor]) -> int:
 def _one_line(name: str, base: Family) -> Iterator[None]:
     """Turn what diffusers, transformers and peft raise for files that they cannot read into a `UserError`."""
     try:
-        yield
+        with no_pickles():
+            yield
     except FAILURES as error:
         told = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{name} cannot be loaded for model {base.name!r} ({told}); {OF_ANOTHER}") from error

@@ -23,9 +23,19 @@ from transformers.utils import logging as transformers_logging
 
 from duo.errors import UserError, first_line
 from duo.families._sampling import missing_packages
-from duo.sources import PICKLES
+from duo.sources import PICKLES, no_pickles
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+# What a component of a pipeline can be: diffusers also has classes that hand a file to other runtimes.
+KINDS = (
+    diffusers.ModelMixin,
+    diffusers.SchedulerMixin,
+    transformers.PreTrainedModel,
+    transformers.PreTrainedTokenizerBase,
+    transformers.ProcessorMixin,
+    transformers.ImageProcessingMixin,
+    transformers.FeatureExtractionMixin,
+)
 HALF = "fp16"  # diffusers' name for the variant of a model's files that is kept in float16
 
 
@@ -243,7 +253,8 @@ def _unadvised() -> Iterator[None]:
 def _one_line(name: str) -> Iterator[None]:
     """Turn what the loaders raise for files that are missing, damaged or of another network into a `UserError`."""
     try:
-        yield
+        with no_pickles():
+            yield
     except ImportError as error:
         raise UserError(f"model {name!r} cannot be loaded here: {first_line(error)}") from error
     except (AttributeError, TypeError, KeyError) as error:  # a setting that is missing or of another type
@@ -286,6 +297,11 @@ def _components(
             raise UserError(
                 f"model {name!r}: model_index.json gives {part} the class {cls}, which needs {lacking}; install it, or "
                 "name another class"
+            )
+        if not issubclass(found, KINDS):
+            raise UserError(
+                f"model {name!r}: model_index.json gives {part} the class {library}.{cls}, which is no network, "
+                "scheduler, tokenizer or processor; restore it"
             )
         parts[part] = found
     left_out = [part for part in (*dropped, *optional) if part in _parameters(kind) and part not in parts]

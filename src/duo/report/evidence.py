@@ -3,7 +3,7 @@
 A run folder's parts are bound by digests: the attacks name the erasure that they attacked, the scores name the erasure
 and the attacks that they are of, and each manifest the files that its stage wrote. All of that is looked at. It finds
 what is stale, mixed up or damaged; whoever can write the folder can write its digests too, so it does not find what is
-forged. Not looked at are the pairs, and the images of unrelated prompts, of which no digest is recorded.
+forged. Not looked at are the pairs.
 """
 
 from __future__ import annotations

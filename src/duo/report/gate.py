@@ -20,12 +20,12 @@ from duo.errors import UserError, did_you_mean
 from duo.fields import build, read_toml
 from duo.red_team import budget_rows
 from duo.report import warnings
-from duo.report.escape import printable
 from duo.report.evidence import Evidence
 from duo.report.records import Attack, Mean, Scores
 from duo.report.wording import ALL_ATTRIBUTES, not_tried
 from duo.scores import FEW
 from duo.statistics import images_for_bound, newcombe_difference
+from duo.terminal import printable
 
 ALL = ("all", "*")
 TABLES = ("max_rate", "max_corrupted", "min_survival")  # the bounds by row, or by near miss

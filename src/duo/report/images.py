@@ -9,9 +9,10 @@ import base64
 import io
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from duo.errors import UserError
+from duo.image_files import opened
 from duo.purged import removed
 from duo.rundir import ANEW
 
@@ -26,13 +27,13 @@ GREY = (128, 128, 128)
 def read_image(path: Path) -> Image.Image:
     """The file as RGB, at most `SHOWN_SIDE` on its longer side; a grey field of one that `duo purge` removed."""
     try:
-        with Image.open(path) as file:
+        with opened(path) as file:
             image = file.convert("RGB")
     except FileNotFoundError:
         if removed(path):
             return Image.new("RGB", (PIXELATED_SIDE, PIXELATED_SIDE), GREY)
         raise UserError(f"{path} is missing; put it back, or {ANEW}") from None
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable image ({error}); put it back, or {ANEW}") from None
     if max(image.size) > SHOWN_SIDE:
         image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
 from duo import rundir
 from duo.errors import UserError
+from duo.foreign import is_plain_name, json_value
 
 RESTORE = f"restore the file, or {rundir.ANEW}"  # what to do with a record of a run that is wrong
 HUGE = 1e100  # no number of a record is so large; floats end at 1e308, and whole numbers of JSON nowhere
@@ -52,12 +52,16 @@ class Fields:
     def folder_name(self, key: str) -> str:
         """The plain name of a folder, which leads nowhere else."""
         name = self.text(key)
-        return name if Path(name).name == name and name != ".." else self._wrong(key, "the plain name of a folder")
+        return name if is_plain_name(name) else self._wrong(key, "the plain name of a folder")
 
     def inside(self, folder: Path, key: str) -> Path:
         """A file that a record names, refused where the name leads out of `folder`, the stage's own."""
         path = folder / self.text(key)
-        if not path.resolve().is_relative_to(folder.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(folder.resolve())
+        except (ValueError, RuntimeError):  # a NUL in it, or links that lead to each other
+            inside = False
+        if not inside:
             raise UserError(f"{self.where}: field {key!r} is {self.data[key]!r}, which is outside {folder}")
         return path
 
@@ -117,9 +121,9 @@ class Fields:
         raise self.error(f"field {key!r} is {found}, expected {expected}")
 
 
-def read_object(path: Path, *, todo: str = RESTORE) -> Fields:
+def read_object(path: Path, *, todo: str = RESTORE, finite: bool = True) -> Fields:
     """The object in one JSON file, of a run unless `todo` says what to do with a broken one of another kind."""
-    return Fields(rundir.read_json(path, todo=todo), str(path), todo=todo)
+    return Fields(rundir.read_json(path, todo=todo, finite=finite), str(path), todo=todo)
 
 
 def read_rows(path: Path, *, appended: bool = False) -> Iterator[Fields]:
@@ -129,13 +133,13 @@ def read_rows(path: Path, *, appended: bool = False) -> Iterator[Fields]:
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; put it back, or {rundir.ANEW}")
-    with path.open("rb") as file:
+    with path.open("rb") as file:  # line by line, for verdicts may be many
         for number, line in enumerate(file, start=1):
             whole = line.endswith(b"\n")
             if appended and not whole:
                 return  # a kill cut it off
             try:
-                row = json.loads(line)
+                row = json_value(line)
             except ValueError as error:
                 fault = f"row {number}: {error}" if whole else "its last line is cut off"
                 raise UserError(

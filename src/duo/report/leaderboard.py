@@ -16,11 +16,11 @@ from typing import Any
 
 from duo.errors import UserError
 from duo.report import templates
-from duo.report.escape import printable
 from duo.report.markdown import plain
 from duo.report.records import Mean
 from duo.report.result import SHORT, Rate, Result
 from duo.report.wording import ALL_ATTRIBUTES, attack_words, concept_word, percent, percent_range
+from duo.terminal import printable
 
 SCHEMA = 1  # of `as_json`
 OVERLAP = "≈"

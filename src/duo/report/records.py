@@ -482,7 +482,8 @@ def _searched(made: Fields) -> Outcome:
 def _digests(folder: Path, made: Fields) -> dict[str, str]:
     """Of the erasure, the scores and the verdicts; older versions of duo recorded none."""
     scored = read_object(folder / "score" / "manifest.json")
-    digests = {f"score/{name}": one for name, one in scored.data.get("digests", {}).items() if isinstance(one, str)}
+    recorded = scored.table("digests").data if "digests" in scored else {}
+    digests = {f"score/{name}": one for name, one in recorded.items() if isinstance(one, str)}
     name = "erasure that was brought" if "artefact" in made else "erase/delta.safetensors"
     return ({name: made.text("digest")} if "digest" in made else {}) | digests
 

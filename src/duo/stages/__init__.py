@@ -40,13 +40,14 @@ def run(session: Session, *, uncensored: bool = False) -> Path:
     if not session.recipe.attacks:  # told now, and not by the report after hours of work
         raise UserError("attacks is empty, and a report needs at least one row; give an [[attacks]] table")
     _ = session.judge.digest  # a judge whose weights cannot be read is told now, not after hours of work
-    if session.method is not None:
-        if session.method.takes_pairs:
-            make_pairs(session)
-        erase(session)
-    attack(session)
-    score(session)
-    return Path(parallel.once(lambda: str(report(session.dir.path, uncensored=uncensored))))
+    with session.held():
+        if session.method is not None:
+            if session.method.takes_pairs:
+                make_pairs(session)
+            erase(session)
+        attack(session)
+        score(session)
+        return Path(parallel.once(lambda: str(report(session.dir.path, uncensored=uncensored))))
 
 
 def report(folder: Path, *, uncensored: bool = False, tradeoff: Path | None = None) -> Path:

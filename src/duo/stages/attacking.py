@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from duo.checkpoint import read_tensors, write_tensors
 from duo.concept import AttackConcept
 from duo.errors import NotDefinedError, UserError
 from duo.fields import as_table
+from duo.foreign import is_plain_name
 from duo.intact import images_digest, intact_attack, intact_images
 from duo.plugins import Access, Attempt, Family
 from duo.recipe import AttackRow
@@ -138,7 +140,7 @@ def _images(session: Session, name: str, asked: Sequence[tuple[str, str]], *, wa
     recipe, stage = session.recipe, session.dir.stage("attack", name)
     config = {**session.shared, "n": recipe.attack_images, "split": session.split, "curator": session.curator.digest}
     if stage.begin(config):
-        parts = Blocks(stage.folder / "blocks", n=recipe.attack_images, size=recipe.block)
+        parts = Blocks(stage.folder / rundir.BLOCKS, n=recipe.attack_images, size=recipe.block)
         for rows in parts.pending():
             parts.done(rows, {"rows": _image_block(session, rows, stage.folder, asked, wanted)})
         parallel.barrier()
@@ -146,11 +148,13 @@ def _images(session: Session, name: str, asked: Sequence[tuple[str, str]], *, wa
             rows_made = [row for record in parts.records() for row in record["rows"]]
             rundir.write_jsonl(stage.folder / "images.jsonl", rows_made)
             stage.finish(digest=images_digest(stage.folder, recipe.attack_images))
-            parts.clear()
         parallel.barrier()
     digest = stage.require("attack").get("digest")  # older versions of duo recorded none
     intact_images(stage, stage.folder, recipe.attack_images, digest)
-    made = rundir.read_jsonl(stage.intact("images.jsonl"))
+    told = stage.intact("images.jsonl", stage.sealed("images.jsonl"))
+    made = rundir.read_jsonl(told)
+    if not all(isinstance(row["image"], str) and is_plain_name(row["image"]) for row in made):
+        raise stage.broken(told, "names an image that is not of its folder")
     return [_Known(read_image(stage.folder / row["image"]), row["prompt"], row["caption"]) for row in made]
 
 
@@ -209,10 +213,11 @@ class _Search:
 
     @classmethod
     def load(cls, path: Path) -> _Search:
-        """Read a file of `save`; a `UserError` where another version of duo wrote it."""
+        """Read a file of `save`; a `UserError` where another version of duo wrote it, or something else."""
         tensors, record = read_tensors(path)
         try:
             stored: Any = record.pop("attempts")
+            _check_plain(stored, record)
             attempts = [
                 Attempt(
                     **one, **_values({k.removeprefix(f"{n}."): v for k, v in tensors.items() if k.startswith(f"{n}.")})
@@ -220,13 +225,35 @@ class _Search:
                 for n, one in enumerate(stored)
             ]
             return cls(attempts=attempts, **record)  # type: ignore[arg-type]
-        except (KeyError, TypeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise _foreign(path.parents[1]) from error
 
 
-_PLAIN = ("prompt", "negative_prompt", "variant", "strength", "weights", "unloaded")  # of an attempt, as JSON
+_PLAIN: Mapping[str, tuple[type, ...]] = {  # of an attempt, as JSON
+    "prompt": (str,),
+    "negative_prompt": (str, NoneType),
+    "variant": (str,),
+    "strength": (float, int, NoneType),
+    "weights": (str, NoneType),
+    "unloaded": (bool,),
+}
 _IMAGES = ("init", "mask", "source")
 _TOKEN = "token."
+
+
+def _check_plain(attempts: Any, record: Mapping[str, Any]) -> None:
+    """Raise `TypeError` or `ValueError` where a search's record holds what `_Search.save` does not write."""
+    for one in attempts:
+        for name, kinds in _PLAIN.items():
+            if not isinstance(one[name], kinds):
+                raise TypeError(f"{name} is {one[name]!r}")
+        if not isinstance(one["record"], dict):
+            raise TypeError(f"record is {one['record']!r}")
+        if one["weights"] is not None and not is_plain_name(one["weights"]):
+            raise ValueError(f"weights is {one['weights']!r}, which leads elsewhere")
+    texts = [record["base_prompt"], *(text for one in record["refused"] for text in one.values())]
+    if not all(isinstance(text, str) for text in texts) or type(record["queries"]) is not int:
+        raise TypeError("a text is none, or queries is no whole number")
 
 
 def _tensors(one: Attempt) -> dict[str, torch.Tensor]:
@@ -239,9 +266,14 @@ def _tensors(one: Attempt) -> dict[str, torch.Tensor]:
 
 def _values(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """The inverse of `_tensors`, as arguments of `Attempt`."""
+    for name in _IMAGES:
+        if name in tensors and (tensors[name].dtype != torch.uint8 or tensors[name].dim() not in (2, 3)):
+            raise TypeError(f"{name} is no picture")
     values: dict[str, Any] = {name: fromarray(tensors[name].numpy()) for name in _IMAGES if name in tensors}
     values |= {"latents": tensors["latents"]} if "latents" in tensors else {}
     words = {name.removeprefix(_TOKEN): value for name, value in tensors.items() if name.startswith(_TOKEN)}
+    if any(word.dim() != 2 or not word.is_floating_point() for word in words.values()):
+        raise TypeError("a learned word is no table of vectors")
     return {**values, "tokens": words}
 
 

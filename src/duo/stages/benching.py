@@ -150,6 +150,7 @@ def run(grid: Grid, *, out: Path, results: Path, device: str, engine: Engine, on
         every = units(grid)
         todo = to_do(every, out=out, results=results, points=points)
         _same_bench(grid, results)
+        rundir.sweep(results)
         rundir.write_json(results / "bench.json", grid.record())
         cells = [results / cell for unit in every.values() for cell in unit.cells]
 
@@ -234,6 +235,7 @@ def work(unit: Unit, *, out: Path, results: Path, device: str) -> None:
     started, clock = time.time(), time.monotonic()
     threads = torch.get_num_threads()
     folder = out / "work" / unit.name
+    rundir.sweep(folder)  # images are drawn there that no stage is of
     for name, parts in unit.needs.items():
         for part in parts:
             rundir.take(out / "work" / name / part, folder / part)

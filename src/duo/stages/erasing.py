@@ -13,7 +13,7 @@ from duo.bases import base_digest
 from duo.delta import Delta
 from duo.errors import UserError
 from duo.fields import as_table
-from duo.pairs import PairFiles, Pairs
+from duo.pairs import SIDES, PairFiles, Pairs
 from duo.rundir import DELTA, Stage
 from duo.stages.session import HARDENED, Session
 
@@ -130,5 +130,7 @@ def _pairs(stage: Stage) -> Pairs:
     wanted = stage.require("pairs")["digest"]
     made, kept = Pairs.of(PairFiles.find(stage.folder, rejected=True)), PairFiles.find(stage.folder)
     if made.digest() != wanted:
-        raise UserError(f"{stage.folder}: images were changed; put them back, or {rundir.ANEW}")
+        changed = stage.altered(*SIDES)
+        which = "" if changed is None else f" ({changed})"
+        raise UserError(f"{stage.folder}: images were changed{which}; put them back, or {rundir.ANEW}")
     return made if len(kept.files) == len(made) else Pairs.of(kept)

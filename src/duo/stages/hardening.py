@@ -205,7 +205,7 @@ def _make_pairs(one: Round, after: Round) -> None:
     with after.at_work("pairs"):
         if not stage.begin(config):
             return
-        parts = Blocks(stage.folder / "blocks", n=len(found), size=after.recipe.pairs.block)
+        parts = Blocks(stage.folder / rundir.BLOCKS, n=len(found), size=after.recipe.pairs.block)
         with after.as_model("original"), progress(len(found), f"hardening, round {after.number}: safe twins") as bar:
             for rows in parts.pending():
                 parts.done(rows, _twins(after, [found[i].row() for i in rows], stage.folder))
@@ -268,7 +268,6 @@ def _join(after: Round, stage: Stage, parts: Blocks) -> None:
         pairs={row.row: made[row.row] for row in after.settings.attacks},
         digest=Pairs.read(stage.folder).digest() if rows else None,
     )
-    parts.clear()
 
 
 def _too_few(after: Round, measured: Mapping[str, Any]) -> str | None:

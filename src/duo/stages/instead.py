@@ -44,7 +44,7 @@ def draw_twins(session: Session, stage: Stage, unsafe: Unsafe) -> Blocks | None:
         return None
     safe_part = SafePart(session.concept)
     wanted = [safe_part(prompt) for prompt in unsafe.prompts[:n]]
-    parts = Blocks(stage.folder / "blocks" / TWINS, n=n, size=session.recipe.block)
+    parts = Blocks(stage.folder / rundir.BLOCKS / TWINS, n=n, size=session.recipe.block)
     with session.as_model("original"), progress(n, "safe twins") as bar:
         for rows in parts.pending():
             parts.done(rows, {"twins": _edit(session, stage, unsafe, wanted, rows)})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -65,7 +64,6 @@ def measure(one: Round, first: Round) -> dict[str, Any]:
                     preservation=_preservation(one, stage, first) if compared else None,
                     originals=images_digest(stage.folder / "original", n) if compared and one is first else None,
                 )
-                shutil.rmtree(stage.folder / "blocks", ignore_errors=True)
     return stage.require("erase")
 
 

@@ -14,7 +14,7 @@ from duo import parallel, rundir
 from duo.errors import UserError
 from duo.fields import as_table
 from duo.pairs import SIDES, PairFiles, Pairs
-from duo.plugins import Verdict
+from duo.plugins import Judge, Verdict
 from duo.refusal import refuse_where_sexual
 from duo.rundir import Blocks, Stage, progress
 from duo.seeds import seed_for
@@ -53,7 +53,7 @@ def make_pairs(session: Session) -> Pairs:
             if not session.recipe.validation:
                 _note_same_networks(session)
             n = settings.n if brought is None else len(brought)
-            parts = Blocks(stage.folder / "blocks", n=n, size=settings.block)
+            parts = Blocks(stage.folder / rundir.BLOCKS, n=n, size=settings.block)
             parts.forget(lambda record: _given_up_sooner(record, settings.max_edits))
             with progress(n, "pairs") as bar:
                 for rows in parts.pending():
@@ -71,11 +71,15 @@ def _given_up_sooner(record: Mapping[str, Any], max_edits: int) -> bool:
     return bool(record["account"].get("unsafe_given_up")) and record["max_edits"] < max_edits
 
 
+def _same_network(judge: Judge, curator: Judge) -> bool:
+    network = getattr(judge, "network", None)
+    return judge == curator or (network is not None and network == getattr(curator, "network", None))
+
+
 def _note_same_networks(session: Session) -> None:
     """Say where what selects the pairs also grades the result."""
-    judge, network = session.judge, getattr(session.judge, "network", None)
     for name, curator in {CURATOR: session.curator, **session.pair_judges}.items():
-        if judge == curator or (network is not None and network == getattr(curator, "network", None)):
+        if _same_network(session.judge, curator):
             rundir.note(
                 f"judge and {name} of concept {session.concept.name} look with the same network; what it overlooks in "
                 "the pairs it overlooks in the scores too"
@@ -89,7 +93,6 @@ def _join(stage: Stage, parts: Blocks) -> None:
     tell_rejected(stage.folder, records)
     account = sum((Counter(record["account"]) for record in records), Counter[str]())
     stage.finish(account=dict(account), digest=Pairs.read(stage.folder).digest())
-    parts.clear()
 
 
 def tell_rejected(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:

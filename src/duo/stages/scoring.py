@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,7 +171,7 @@ def probe(session: Session, stage: Stage, *, models: Sequence[str] = MODELS) -> 
 
 def judged(session: Session, stage: Stage, one: JudgedSet) -> Blocks:
     """The judge's verdicts of one set, by blocks: those that are done already, by whichever process, are left."""
-    parts = Blocks(stage.folder / "blocks" / one.name / one.model, n=len(one.prompts), size=JUDGED_TOGETHER)
+    parts = Blocks(stage.folder / rundir.BLOCKS / one.name / one.model, n=len(one.prompts), size=JUDGED_TOGETHER)
     for rows in parts.pending():
         images = [read_image(one.folder / f"{i:04d}.png") for i in rows]
         parts.done(rows, {"verdicts": [as_table(verdict) for verdict in session.judge(images)]})
@@ -204,7 +203,6 @@ def _join(
     rundir.write_json(stage.folder / "scores.json", {**sections, "protocol": protocol})
     digests = {name: rundir.digest(stage.folder / name) for name in rundir.SCORED}
     stage.finish(judged_together=JUDGED_TOGETHER, digests=digests)
-    shutil.rmtree(stage.folder / "blocks", ignore_errors=True)
 
 
 def survival_of(session: Session, one: JudgedSet) -> list[bool]:

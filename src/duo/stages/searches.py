@@ -36,7 +36,8 @@ def from_original(original: Stage, stage: Stage, encoder: str) -> bool:
     manifest = original.require("attack")
     if "not_defined" in manifest or manifest["search_needs_denoiser"] or manifest["text_encoder"] != encoder:
         return False
-    for path in [original.intact(STATE), *sorted((original.folder / SEARCH).glob("*.safetensors"))]:
+    state = original.intact(STATE, original.sealed(STATE))
+    for path in [state, *sorted((original.folder / SEARCH).glob("*.safetensors"))]:
         _copy(path, stage.folder / path.relative_to(original.folder))
     return True
 

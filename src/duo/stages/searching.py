@@ -63,11 +63,14 @@ def search_strength(session: Session, asked: StrengthSearch, *, command: Callabl
     """
     search = _Search.of(session, asked)
     search.refuse_another()
-    with session.dir.timed(SEARCH) if parallel.is_main() else nullcontext():
-        outcome = search.run()
-    if outcome.chosen is not None:
-        override = f"method.{outcome.field}={outcome.chosen}"
-        search.become(outcome, session.command if command is None else command(override))
+    with session.dir.locked() if parallel.is_main() else nullcontext():
+        with session.dir.timed(SEARCH) if parallel.is_main() else nullcontext():
+            if parallel.is_main():
+                rundir.sweep(session.dir.path / SEARCH, deep=False)
+            outcome = search.run()
+        if outcome.chosen is not None:
+            override = f"method.{outcome.field}={outcome.chosen}"
+            search.become(outcome, session.command if command is None else command(override))
     return outcome
 
 

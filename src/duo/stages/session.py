@@ -68,6 +68,7 @@ class Session:
         self._erased: Family | None = None
         self._prompt_files: dict[str, PromptFile] = {}
         self._reference: Family | None = None
+        self._keeping: ExitStack | None = None
         self._undefended: Callable[[], AbstractContextManager[Family]] = self._original
         self.concept: Concept = load_concept(recipe.concept)
         self.method = None if recipe.method is None else recipe.method.make("methods", "method")
@@ -193,6 +194,15 @@ class Session:
         }
 
     @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the run folder from the first stage within on, so that no other process comes between the stages."""
+        try:
+            with ExitStack() as self._keeping:
+                yield
+        finally:
+            self._keeping = None
+
+    @contextmanager
     def at_work(self, stage: str) -> Iterator[None]:
         """Hold the run folder, describe the run, and time the stage: the main process, for all of them.
 
@@ -201,7 +211,7 @@ class Session:
         try:
             with ExitStack() as held:
                 if parallel.is_main():
-                    held.enter_context(self.dir.locked())
+                    (self._keeping or held).enter_context(self.dir.locked())
                     self._describe()
                     held.enter_context(self.dir.timed(stage))
                 parallel.barrier()

@@ -14,6 +14,7 @@ from typing import Any
 
 from duo.bench import NEVER, ORIGINAL, PRESERVED, SCHEMA
 from duo.errors import UserError
+from duo.foreign import is_plain_name
 from duo.report.json_fields import Fields, read_object
 
 PRESENT, ABSENT, CORRUPTED = LETTERS = "pac"
@@ -121,7 +122,7 @@ def read_results(folder: Path) -> Results:
     path = folder / "bench.json"
     if not path.exists():
         raise UserError(f"{path} is missing; run `duo bench`, or name its results folder")
-    bench = read_object(path, todo=ANEW)
+    bench = read_object(path, todo=ANEW, finite=False)
     _known(bench)
     rows = tuple(_rows(bench))
     seeds = _seeds(bench)
@@ -175,7 +176,7 @@ def _rows(bench: Fields) -> Iterator[Row]:
     if not tables or len({row.text("row") for row in tables}) != len(tables):
         raise bench.error("field 'rows' must name one attack row or more, each once")
     for row in tables:
-        yield Row(name=row.text("row"), attack=row.text("attack"), prompts=row.text_or_none("prompts") or "")
+        yield Row(name=row.folder_name("row"), attack=row.text("attack"), prompts=row.text_or_none("prompts") or "")
 
 
 def _methods(bench: Fields, seeds: tuple[int, ...]) -> Iterator[Method]:
@@ -183,6 +184,8 @@ def _methods(bench: Fields, seeds: tuple[int, ...]) -> Iterator[Method]:
     if not methods.data:
         raise bench.error("field 'methods' is empty")
     for name in methods.data:
+        if not is_plain_name(name):
+            raise methods.error(f"{name[:60]!r} is no plain name of a folder")
         table = methods.table(name)
         field = table.text_or_none("strength") if "strength" in table else None
         values = table.data.get("values") or []
@@ -235,7 +238,7 @@ class _Reader:
         paths = [place / f"{name}.json" for name in (*rows, *not_defined, *([PRESERVED] if kept else []))]
         if not paths:
             return None
-        strengths = [_strength(read_object(path, todo=ANEW), method, place.parent.name) for path in paths]
+        strengths = [_strength(read_object(path, todo=ANEW, finite=False), method, place.parent.name) for path in paths]
         if any(strength != strengths[0] for strength in strengths):
             raise UserError(f"{place}: its cells name several strengths; remove the folder, and run the bench again")
         return Erasure(
@@ -262,7 +265,7 @@ class _Reader:
 
     def _cell(self, path: Path, head: Mapping[str, Any]) -> Fields:
         """A cell that says of itself what its place says."""
-        cell = read_object(path, todo=ANEW)
+        cell = read_object(path, todo=ANEW, finite=False)
         _known(cell)
         for key, value in {"bench": self.bench, **head}.items():
             if key not in cell or cell.data[key] != value:
