@@ -57,6 +57,7 @@ SHOWN_AT_ONCE = 6  # images of one attack that stand open where the concept came
 GRIDS_AT_ONCE = 2  # attacks whose before and after stand open, beside the headline's
 TRADEOFF = "tradeoff.svg"  # in the run folder: the figure of the bench that the run is part of
 
+NAMED = ("fifth", "sixth", "seventh", "eighth", "ninth", "tenth")  # of `MORE`, in the style sheet
 # The figures' colours, as the names that the style sheet gives them in each theme.
 THEMED = {
     figures.INK: "var(--ink)",
@@ -67,7 +68,7 @@ THEMED = {
     figures.SERIES[1]: "var(--second)",
     figures.SERIES[2]: "var(--third)",
     figures.SERIES[3]: "var(--fourth)",
-    **dict(zip(MORE, ("var(--fifth)", "var(--sixth)", "var(--seventh)", "var(--eighth)"), strict=True)),
+    **dict(zip(MORE, [f"var(--{name})" for name in NAMED], strict=True)),
     PAPER: "var(--paper)",
 }
 

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from matplotlib.legend import Legend
 
 PAPER = "#ffffff"
-MORE = ("#8f6a00", "#c2417c", "#7d5a44", "#5b8c00")  # for more methods than other figures have series
+MORE = (
+    "#8f6a00",
+    "#c2417c",
+    "#7d5a44",
+    "#5b8c00",
+    "#4b5563",
+    "#c81e1e",
+)  # for more methods than other figures have series
 COLOURS = (*SERIES, *MORE)
 MARKERS = "osD^vPX*ph<>"
 FRONT: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (4, 2))}
@@ -39,6 +46,8 @@ DARK = {  # as report.css has them
     COLOURS[5]: "#f58bbb",
     COLOURS[6]: "#d0a88f",
     COLOURS[7]: "#a5cf55",
+    COLOURS[8]: "#c3cad4",
+    COLOURS[9]: "#ff7b72",
 }
 # Preservation is drawn on a logarithmic scale of what is lost, for most of the field lies within a few hundredths of 1;
 # what is lost below NOTHING is drawn together.
