@@ -62,7 +62,8 @@ FORMS: dict[str, Callable[..., Preference]] = {"dpo": duo_loss, "ipo": ipo_loss,
 
 @dataclass(frozen=True, kw_only=True)
 class Redirect:
-    """Redirection with the values that the study on the embedded model chose; no other model has been tried.
+    """Redirection in its plain form, with which the study began; the recipe toybox-fire-redirect has what it chose.
+    No model but the embedded one has been tried.
 
     `weighting` is that of the squared errors over time: "clean" of the implied clean images, "output" of what the
     denoiser puts out, and "min_snr" of the smaller of both (Min-SNR with γ = 1; Hang et al. 2023), which neither blows

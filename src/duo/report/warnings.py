@@ -253,6 +253,6 @@ def _unloads(scores: Scores, erasure: str | None) -> str | None:
     if erasure in ADAPTERS:
         text = "The erasure is an adapter: whoever has the files can leave it out"
         text += f" ({listed(found)})" if found else ""
-        last = "it works through duo alone" if erasure == "gated" else "pass on the weights that `duo merge` writes"
+        last = "it works through duo alone" if erasure == "gated" else "pass on the weights that duo merge writes"
         return f"{text}; {last}."
     return f"The erasure can be unloaded: {listed(found)}." if found else None
