@@ -32,7 +32,7 @@ from duo.rundir import read_json, write_image, write_json
 from duo.toybox import world_digest
 
 SEEDS = (0, 1, 2)
-SWEPT = {"toybox-fire": (5.0, 20.0, 80.0), "toybox-fire-published": (20.0, 80.0)}  # recipe → β
+SWEPT = {"toybox-fire-dpop": (5.0, 20.0, 80.0), "toybox-fire-published": (20.0, 80.0)}  # recipe → β
 SWEEP_ROWS, SWEEP_IMAGES = ("prompts", "prompts_held_out_words"), 120
 
 

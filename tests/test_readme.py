@@ -10,6 +10,7 @@ README = Path(__file__).parents[1] / "README.md"
 SMALL = (
     "method.max_train_steps=2",
     "method.train_batch_size=2",
+    "method.unrelated_images=2",
     "pairs.n=2",
     "attack_images=2",
     "score.unrelated=2",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from duo.conditioning import Conditioning
+from duo.errors import UserError
 from duo.plugins import Family
 
 if TYPE_CHECKING:
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
 def grid(model: Family | Target, steps: int) -> Tensor:
     """The times of `steps` even steps of the schedule, (steps,), from pure noise downwards."""
     return model.process.times(1 - torch.arange(steps) / steps)
+
+
+def check_steps(model: Family, steps: int) -> None:
+    """Raise `UserError` where `grid` would have a time twice: the model was trained on fewer steps."""
+    known = len({*grid(model, steps).tolist()})
+    if known < steps:
+        raise UserError(
+            f"sampling_steps is {steps}, expected at most {known}, the steps that model {model.name!r} was trained on"
+        )
 
 
 def guided(

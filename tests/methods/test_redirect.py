@@ -15,6 +15,7 @@ from duo.losses import squared_error
 from duo.methods.redirect import Redirect, named
 from duo.pairs import Pairs
 from duo.plugins import Precision
+from duo.sampling import grid
 from erasing import check_resumed, check_seeded
 from recording import RecordingRun
 from small_fire import SmallFire
@@ -217,6 +218,47 @@ def test_named_prompts_have_a_word_of_the_concept_beside_them(
     assert found == {(0.5, True), (0.5, False), (1.0, True)}
 
 
+def test_sampled_rows_lie_where_the_trained_models_sampler_passes(
+    tiny_sd, pairs: Pairs, concept: SmallFire, tmp_path: Path, asked: list[dict[str, Any]]
+) -> None:
+    texts = {side: tiny_sd.text([row[f"{side}_prompt"] for row in PROMPTS]).embeds for side in ("unsafe", "safe")}
+    empty, stops = tiny_sd.text([""]).embeds, set()
+    method = replace(QUICK, unrelated_weight=0.0, sampled=3, sampling_steps=4, learning_rate=0.05, max_train_steps=6)
+    run = RecordingRun(tmp_path)
+    method.erase(tiny_sd, concept, pairs=pairs, run=run)
+    last = 0
+    for at in [i for i, call in enumerate(asked) if call["trained"]]:
+        *path, frozen, student = asked[last : at + 1]
+        last = at + 1
+        assert len(path) <= 3
+        assert not any(call["trained"] for call in path)
+        own = slice(4, 7)  # after two unsafe and two safe rows; the frozen model is not asked for the unsafe ones
+        times = grid(tiny_sd, 4)
+        assert torch.equal(student["t"][own], times[len(path)].expand(3))
+        assert torch.equal(frozen["x_t"][2:], student["x_t"][own])
+        for i in range(3):
+            (which,) = _which(texts["unsafe"], student["text"].embeds[own][i])
+            assert _which(texts["safe"], frozen["text"].embeds[2:][i]) == [which]
+        if path:  # from where it was led to by the model as it is by now, with guidance
+            step = path[-1]
+            torch.testing.assert_close(step["text"].embeds[:3], empty.expand(3, -1, -1))
+            u, c = step["output"].chunk(2)
+            x_t, t = step["x_t"][:3], step["t"][:3]
+            x0, noise = tiny_sd.process.implied(x_t, u + run.sampling.guidance_scale * (c - u), t)
+            led = tiny_sd.process.noised(x0, noise, times[len(path)].expand(3))
+            torch.testing.assert_close(led, student["x_t"][own])
+        stops.add(len(path))
+    assert len(stops) > 1
+    row = run.rows[-1]
+    error = squared_error(student["output"][own], frozen["output"][2:], scale=process_scale(tiny_sd, student["t"][own]))
+    assert row["sampled"] == pytest.approx(error.mean().item(), rel=1e-4)
+    assert row["loss"] == pytest.approx(row["redirect"] + row["kept"] + row["sampled"], rel=1e-5)
+
+
+def process_scale(model: Any, t: Tensor) -> Tensor:
+    return model.process.x0_scale(t).clamp(max=1.0)  # of Min-SNR, the default
+
+
 def _which(texts: Tensor, row: Tensor) -> list[int]:
     return [i for i, text in enumerate(texts) if torch.allclose(text, row, atol=1e-5)]
 
@@ -247,6 +289,8 @@ def test_pairs_without_prompts(tiny_sd, pairs: Pairs, concept: SmallFire, tmp_pa
             replace(QUICK, prompted=0.5).erase(
                 tiny_sd, concept, pairs=replace(pairs, rows=rows), run=RecordingRun(tmp_path)
             )
+    with pytest.raises(UserError, match=r"sampled is 2, but not every pair .* set sampled to 0"):
+        replace(QUICK, sampled=2).erase(tiny_sd, concept, pairs=replace(pairs, rows=()), run=RecordingRun(tmp_path))
     bare = replace(QUICK, unrelated_weight=0.0, max_train_steps=1)
     bare.erase(tiny_sd, concept, pairs=replace(pairs, rows=()), run=RecordingRun(tmp_path))
     assert not (tmp_path / "unrelated").exists()
@@ -326,7 +370,7 @@ def test_the_same_seed_gives_the_same_delta(tiny_sd, pairs: Pairs, concept: Smal
 
 def test_a_resumed_erasure_ends_with_the_same_file(tiny_sd, pairs: Pairs, concept: SmallFire, tmp_path: Path) -> None:
     def erased(run: RecordingRun) -> Delta:
-        return QUICK.erase(tiny_sd, concept, pairs=pairs, run=run)
+        return replace(QUICK, sampled=2).erase(tiny_sd, concept, pairs=pairs, run=run)
 
     check_resumed(erased, tmp_path, stop_after=7, goes_on_at=6)
 
@@ -337,6 +381,8 @@ def test_a_resumed_erasure_ends_with_the_same_file(tiny_sd, pairs: Pairs, concep
         ({"prompted": 1.5}, "prompted is 1.5, expected a share of the rows"),
         ({"crossed": -0.5}, "crossed is -0.5, expected a share of the prompted rows"),
         ({"named": 2.0}, "named is 2.0, expected a share of the unrelated prompted rows"),
+        ({"sampled": -1}, "sampled is -1"),
+        ({"sampling_steps": 0}, "sampling_steps is 0"),
         ({"named": 0.5, "unrelated_weight": 0.0}, "named is of unrelated images"),
         ({"crossed": 0.5, "preference": "dpo"}, "crossed is for a teacher"),
         ({"towards": "away"}, "towards is 'away'"),
@@ -364,6 +410,7 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
     [
         ({"train_batch_size": 5}, {}, "train_batch_size = 5 but there are only 4 pairs"),
         ({"targets": ("cross-attention",)}, {}, "did you mean 'cross_attention'"),
+        ({"sampling_steps": 1001}, {}, "sampling_steps is 1001, expected at most 1000"),
         ({"timestep_range": (0.1, 0.1001)}, {}, "none of the 1000 steps lies between"),
         ({"prior_weight": 1.0}, {"dtype": "bfloat16"}, "prior_weight is 1 and precision.dtype 'bfloat16'"),
         ({"train": "weights"}, {"weights": "float16"}, "precision.weights is 'float16'"),

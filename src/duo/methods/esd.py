@@ -37,13 +37,12 @@ import torch
 from torch import Tensor
 
 from duo.delta import Delta, made_by
-from duo.errors import UserError
 from duo.fields import check_above_0, check_above_0_or_none, check_choices, check_from_0
 from duo.losses import erased_target, squared_error
 from duo.pairs import Pairs
 from duo.plugins import Family, Precision, Run
 from duo.precision import check_tunable, waiting
-from duo.sampling import grid, partly_sampled
+from duo.sampling import check_steps, grid, partly_sampled
 from duo.training import Tuned, fixed_by, follow, steps_of, tune_weights
 
 Variant = Literal["x", "x-strict", "u", "selfattn", "full"]
@@ -119,12 +118,7 @@ class Esd:
     def check(self, model: Family, *, pairs: int | None, precision: Precision) -> None:
         """Raise `UserError` for what does not fit the model or this machine."""
         check_tunable(precision)
-        known = len({*grid(model, self.sampling_steps).tolist()})
-        if known < self.sampling_steps:
-            raise UserError(
-                f"sampling_steps is {self.sampling_steps}, expected at most {known}, the steps that model "
-                f"{model.name!r} was trained on"
-            )
+        check_steps(model, self.sampling_steps)
 
     def erase(self, model: Family, concept: Any, *, pairs: Pairs | None, run: Run) -> Delta:
         """Train the weights of the variant's layers on the concept's words or prompts."""

@@ -16,7 +16,9 @@ rows has the prompt of the pair's other side, with the same teacher. For once th
 concept, the image is a safe one and the prompt still the unsafe one, which neither the first nor the second term has
 seen; nor has it an unsafe image that somebody brings with a harmless prompt. And a share `named` of u's prompted rows
 has a word of the concept beside the prompt, with the same teacher, as Concept Ablation has it: that closes the way by
-words for what u shows, where pairs do it for their own subjects.
+words for what u shows, where pairs do it for their own subjects. `sampled` rows a step lie where the trained model's
+own sampler passes when it is asked for the concept, by a pair's unsafe prompt; there the frozen model teaches by the
+safe one.
 
 What the study of objectives (docs/beyond.md) compares it with are fields of it: `towards = "twin"` has the safe twin
 itself in the teacher's place; `preference` adds DUO's term with DPO-Positive's penalty, or its IPO or KTO form;
@@ -48,6 +50,7 @@ from duo.losses import Preference, duo_loss, ipo_loss, kto_loss, prior_loss, squ
 from duo.pairs import SIDES, Pairs
 from duo.plugins import Family, Precision, Run
 from duo.precision import check_8bit, check_tunable, sharded, waiting
+from duo.sampling import check_steps, grid, partly_sampled
 from duo.training import Lora, Tuned, after_tuning, attach_lora, fixed_by, follow, steps_of, tune_weights
 
 CHOICES = {
@@ -62,7 +65,7 @@ FORMS: dict[str, Callable[..., Preference]] = {"dpo": duo_loss, "ipo": ipo_loss,
 
 @dataclass(frozen=True, kw_only=True)
 class Redirect:
-    """Redirection in its plain form, with which the study began; the recipe toybox-fire-redirect has what it chose.
+    """Redirection in its plain form, with which the study began; the recipe toybox-fire has what it chose.
     No model but the embedded one has been tried.
 
     `weighting` is that of the squared errors over time: "clean" of the implied clean images, "output" of what the
@@ -85,6 +88,9 @@ class Redirect:
     prompted: float = 0.5
     crossed: float = 0.0
     named: float = 0.0
+    sampled: int = 0  # rows a step
+    sampled_weight: float = 1.0
+    sampling_steps: int = 10
     towards: Literal["teacher", "twin"] = "teacher"
     weighting: Literal["min_snr", "clean", "output"] = "min_snr"
     timestep_range: tuple[float, float] = (0.0, 1.0)
@@ -111,10 +117,25 @@ class Redirect:
 
     def __post_init__(self) -> None:
         check_choices(self, CHOICES)
-        counts = ("rank", "unrelated_images", "resilience_steps", "max_train_steps", "train_batch_size")
+        counts = (
+            "rank",
+            "unrelated_images",
+            "resilience_steps",
+            "max_train_steps",
+            "train_batch_size",
+            "sampling_steps",
+        )
         check_above_0(self, "beta", "learning_rate", "max_grad_norm", "resilience_rate", *counts, "checkpointing_steps")
         weights = ("redirect_weight", "keep_weight", "unrelated_weight", "preference_weight", "prior_weight")
-        check_from_0(self, *weights, "resilience_weight", "positive_penalty", "weight_decay", "lr_warmup_steps")
+        others = (
+            "resilience_weight",
+            "positive_penalty",
+            "weight_decay",
+            "lr_warmup_steps",
+            "sampled",
+            "sampled_weight",
+        )
+        check_from_0(self, *weights, *others)
         shares = {"prompted": "the rows", "crossed": "the prompted rows", "named": "the unrelated prompted rows"}
         for name, of in shares.items():
             if not 0 <= getattr(self, name) <= 1:
@@ -158,6 +179,9 @@ class Redirect:
         beside = sum(bool(weight) for weight in (self.unrelated_weight, self.prior_weight))
         tuned = self.resilience_steps + 1 if self.resilience_weight else 0
         trained, frozen = (2 + beside + tuned) * rows, (1 + (self.preference != "none") + beside) * rows
+        passed = self.sampled * self.max_train_steps
+        trained += passed
+        frozen += passed + (self.sampling_steps - 1) * passed  # half of the steps on average, with guidance
         return {
             "images": self.drawn,
             "vae": 2 * pairs + 2 * self.drawn,
@@ -170,7 +194,9 @@ class Redirect:
         """Raise `UserError` for what does not fit the model, the number of pairs (None: not known) or this machine."""
         if pairs is not None and self.train_batch_size > pairs:
             raise UserError(f"train_batch_size = {self.train_batch_size} but there are only {pairs} pairs")
-        parallel.share(self.train_batch_size)
+        for batch in (self.train_batch_size, *([self.sampled] if self.sampled else [])):
+            parallel.share(batch)
+        check_steps(model, self.sampling_steps)
         if self.prior_weight and precision.dtype != "float32":
             raise UserError(
                 f"prior_weight is {self.prior_weight:g} and precision.dtype {precision.dtype!r}, where it would drown "
@@ -204,7 +230,7 @@ class Redirect:
             sharded(model, shard=run.precision.shard),
             self._trained(model, layers, seed=run.seed) as trained,
         ):
-            loss = self._objective(model, trained, scenes)
+            loss = self._objective(model, trained, scenes, guidance=run.sampling.guidance_scale)
             steps = steps_of(self, loss, trained.parameters, run=run, record=record, shared=True)
             follow(steps, run=run, total=self.max_train_steps, label="redirect")
             if isinstance(trained, Tuned):
@@ -227,7 +253,7 @@ class Redirect:
                 yield lora
 
     def _objective(
-        self, model: Family, trained: Lora | Tuned, scenes: _Scenes
+        self, model: Family, trained: Lora | Tuned, scenes: _Scenes, *, guidance: float
     ) -> Callable[[torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]:
         """This process's share of the loss of one random batch; all processes draw the same, and each its rows."""
         n, process = self.train_batch_size, model.process
@@ -255,6 +281,29 @@ class Redirect:
             output = model.predict(process.noised(x0, noise, t), t, scenes.text(kind, chosen, prompted))
             return squared_error(output, process.target(x0, noise, t)).mean()
 
+        def passed(generator: torch.Generator) -> tuple[Tensor, Tensor, Conditioning, Conditioning]:
+            """Where the trained model's own sampler passes when it is asked for the concept: x_t, t, and both prompts.
+
+            All rows are at one step of the sampler, which they are led to from noise of their own.
+            """
+            stop = int(torch.randint(self.sampling_steps, (), generator=generator))
+            chosen = torch.randint(len(scenes.unsafe), (self.sampled,), generator=generator)
+            eps = torch.randn(self.sampled, *scenes.unsafe.shape[1:], generator=generator)
+            rows = parallel.share(self.sampled)
+            chosen, eps = (one[rows].to(scenes.unsafe.device) for one in (chosen, eps))
+            always = torch.ones_like(chosen, dtype=torch.bool)
+            unsafe, safe = (scenes.text(side, chosen, always) for side in SIDES)
+            x_t = partly_sampled(
+                model,
+                eps,
+                unsafe,
+                scenes.empty.expand(len(eps)),
+                steps=self.sampling_steps,
+                stop=stop,
+                guidance_scale=guidance,
+            )
+            return x_t, grid(model, self.sampling_steps)[stop].expand(len(eps)), unsafe, safe
+
         def loss(generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor]]:
             chosen, noise, t, prompted = drawn(len(scenes.unsafe), generator)
             x0 = {"unsafe": scenes.unsafe[chosen], "safe": scenes.safe[chosen]}
@@ -276,6 +325,9 @@ class Redirect:
                 )
             if self.prior_weight:
                 taught["prior"] = rows["prior"] = (*process.terminal(noise), scenes.empty.expand(len(t)))
+            if self.sampled:
+                x_t, at, unsafe_text, safe_text = passed(generator)
+                rows["sampled"], taught["sampled"] = (x_t, at, unsafe_text), (x_t, at, safe_text)
             if self.preference == "none":
                 del taught["unsafe"]
             with trained.disabled():
@@ -311,6 +363,11 @@ class Redirect:
                 scale = self._scale(process.x0_scale(rows["unrelated"][1]))
                 error = squared_error(student["unrelated"], teacher["unrelated"], scale=scale)
                 terms["unrelated"] = self.unrelated_weight, error.mean()
+            if self.sampled:
+                scale = self._scale(process.x0_scale(rows["sampled"][1]))
+                error = squared_error(student["sampled"], teacher["sampled"], scale=scale)
+                # Of several processes, whose terms are weighted by their share of the pairs below.
+                terms["sampled"] = self.sampled_weight, error.sum() / self.sampled * (n / len(t))
             told = {}
             if self.preference != "none":
                 targets = {side: process.target(one, noise, t) for side, one in x0.items()}
@@ -385,12 +442,13 @@ class _Scenes:
     def of(cls, method: Redirect, model: Family, concept: Any, *, pairs: Pairs, run: Run) -> _Scenes:
         """Encode the pairs, and draw and encode the unrelated images."""
         prompts = {side: ["" for _ in pairs.names] for side in SIDES}
-        if method.prompted:
+        asking = next((name for name in ("prompted", "sampled") if getattr(method, name)), None)
+        if asking:
             prompts = {side: [str(row.get(f"{side}_prompt") or "") for row in pairs.rows] for side in SIDES}
             if not pairs.rows or not all(all(own) for own in prompts.values()):
                 raise UserError(
-                    f"prompted is {method.prompted:g}, but not every pair says what it was drawn from (unsafe_prompt "
-                    "and safe_prompt in pairs.jsonl or the CSV); add them, or set prompted to 0"
+                    f"{asking} is {getattr(method, asking):g}, but not every pair says what it was drawn from "
+                    f"(unsafe_prompt and safe_prompt in pairs.jsonl or the CSV); add them, or set {asking} to 0"
                 )
         with torch.no_grad():
             unsafe, safe = (encode(model, side) for side in (pairs.unsafe, pairs.safe))
