@@ -3,7 +3,8 @@
     python benchmarks/growth_points.py scoring 100000 --folder /tmp/scoring
 
 It prints one JSON object. What comes before the work that is measured is done by `--prepare`, in another process, so
-that its memory does not count. The peak is `VmHWM`: `ru_maxrss` of a process counts what it was before it became itself.
+that its memory does not count. The peak is `VmHWM`: `ru_maxrss` also counts the
+process that started this one.
 """
 
 from __future__ import annotations
