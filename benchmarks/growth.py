@@ -92,7 +92,8 @@ def plot(results: Path) -> None:
                     mib=[point["peak_mib"] for point in points],
                 )
             )
-    write_bytes(DOCS / "growth.svg", growth(panels).encode())
+    if panels:
+        write_bytes(DOCS / "growth.svg", growth(panels).encode())
 
 
 def main() -> None:
