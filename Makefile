@@ -11,12 +11,14 @@
 # make ablations  the same for what of DUO does what
 # make beyond  the same for objectives beyond DUO's, and what the study of them minimises (docs/beyond.md)
 # make hardening  DUO hardened in rounds, every round put to the red team, for docs/hardening.md (hours)
+# make growth  how seconds and memory grow with pairs, prompts, cells, processes and images (a quarter of an hour on an idle machine; goes on
+#              where it was stopped). With GROWTH="--largest 100000 --budget 600" up to the largest (hours)
 # make clean   remove what these made, .venv and runs/demo included
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check torture clean tune results figure4 ablations beyond hardening
+.PHONY: demo test check torture clean tune results figure4 ablations beyond hardening growth
 
 demo: .venv/installed
 	$(BIN)/duo run toybox-fire --out runs/demo --resume
@@ -50,6 +52,9 @@ figure4 ablations beyond: .venv/installed-test
 hardening: .venv/installed
 	$(BIN)/python benchmarks/hardening.py --out runs/hardening
 	cp docs/results/hardening.svg docs/hardening.svg
+
+growth: .venv/installed-test
+	$(BIN)/python benchmarks/growth.py $(GROWTH)
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

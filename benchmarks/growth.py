@@ -1,11 +1,13 @@
-"""How cost grows with work: `docs/performance.md`.
+"""How cost grows with work: `docs/performance.md`, `make growth`.
 
-    python benchmarks/growth.py report --out docs/results/growth-report.json
-    python benchmarks/growth.py stages --out docs/results/growth-stages.json
+    python benchmarks/growth.py                                   what fits into a quarter of an hour, and the figure
+    python benchmarks/growth.py scoring report --largest 100000   what does not
+    python benchmarks/growth.py --plot                            docs/growth.svg from the results that are there
 
-`report` writes the page of made-up runs (those of the tests) of more and more judged images, each in a process of its
-own, and tells seconds and the highest resident size. `stages` makes more and more pairs, and judges more and more
-images, on the embedded model. Run it alone: numbers of a busy machine are worth nothing.
+Each point (`growth_points.py`) is so much work in a process of its own on one thread: seconds, and the highest resident
+size. Points are kept in `docs/results/growth-*.json` as they are made, so a second call goes on, and makes nothing anew
+that was measured on the same code and machine; `--anew` does. Run it alone: seconds of a busy machine are worth
+nothing (memory does not depend on who else is at work), and `--budget` ends it before the point that would be too long.
 """
 
 from __future__ import annotations
@@ -13,120 +15,113 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import torch
-from results import machine
+from growth_points import PREPARED
+from results import git, machine
 
-from duo import Session, load_recipe, make_pairs
-from duo.report import write_report
-from duo.rundir import write_json
-from duo.stages import attack, score
+from duo.report.figures import Growth, growth
+from duo.rundir import read_json, write_bytes, write_json
 
-SETS, MODELS = 10, 2  # of a made-up run: attack rows, near misses and unrelated images; on two models
-IMAGES = (10, 100, 1000, 5000)  # of each set and model: 200 … 100,000 rows
-PAIRS = (16, 64, 256, 1024)
-PROMPTS = (100, 1000, 10_000)
-
-
-def made_up(folder: Path, images: int) -> Path:
-    """A finished run of so many images a set, whose pictures are a few files under many names."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "report"))
-    import synthetic
-
-    drawn: dict[Any, Path] = {}
-    save = synthetic._save
-
-    def linked(path: Path, scene: Any, *, seed: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if scene in drawn:
-            os.link(drawn[scene], path)
-        else:
-            save(path, scene, seed=seed)
-            drawn[scene] = path
-
-    with mock.patch.object(synthetic, "_save", linked):
-        return Path(synthetic.write_run(folder, images=images))
+DOCS = Path(__file__).parents[1] / "docs"
+SIZES = {  # by what grows; the quickest first, so that a budget cuts off the longest
+    "report": (200, 2000, 20_000, 100_000),
+    "cells": (1, 2, 4, 8),
+    "processes": (1, 2),
+    "pairs": (16, 64, 256, 1024),
+    "prompts": (100, 1000, 10_000),
+    "scoring": (800, 8000, 24_000, 100_000),
+}
+# What runs without `--largest`; the rest takes longer than a quarter of an hour in all.
+USUAL = {"pairs": 256, "prompts": 1000, "scoring": 8000}
+WORDS = {
+    "report": ("Report", "judged images"),
+    "cells": ("Bench cells, 4 an erasure", "erasures"),
+    "processes": ("One run, 400 prompts", "processes"),
+    "pairs": ("Pairs", "pairs"),
+    "prompts": ("Attack and scores", "prompts"),
+    "scoring": ("Score stage", "judged images"),
+}
 
 
-def report_of(folder: Path) -> dict[str, Any]:
-    """Seconds, the highest resident size and the page's size, of this process."""
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    page = write_report(folder)
-    return {
-        "seconds": time.perf_counter() - start,
-        "mib_before": before / 1024,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "page_mib": page.stat().st_size / 2**20,
-    }
+def measured(what: str, n: int) -> dict[str, Any]:
+    """One point, in processes of their own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DUO_CACHE": ""}
+    with tempfile.TemporaryDirectory(prefix="growth-") as folder:
+        command = [sys.executable, str(Path(__file__).with_name("growth_points.py")), what, str(n), "--folder", folder]
+        if what in PREPARED:
+            subprocess.run([*command, "--prepare"], check=True, env=environment, stdout=subprocess.DEVNULL)
+        made = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True)
+        told: dict[str, Any] = json.loads(made.stdout.splitlines()[-1])
+        return told
 
 
-def reports(largest: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    for images in (one for one in IMAGES if one <= largest):
-        with tempfile.TemporaryDirectory() as folder:
-            run = made_up(Path(folder) / "run", images)
-            rows = len((run / "score" / "verdicts.jsonl").read_text().splitlines())
-            command = [sys.executable, __file__, "report", "--run", str(run)]
-            told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            yield f"report of {rows:,} images", {"rows": rows, **told}
+def about() -> dict[str, Any]:
+    """What must be the same for two points to stand in one table: machine, threads and the package's code."""
+    return {**machine(), "threads": 1, "code": git("rev-parse", "HEAD:src")}
 
 
-def stages(largest: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Seconds of making pairs, and of rendering and judging plain prompts on the original and an erased model."""
-    recipe = load_recipe("toybox-fire-uce")
-    for n in (one for one in PAIRS if one <= largest):
-        with tempfile.TemporaryDirectory() as folder:
-            session = Session(replace(load_recipe("toybox-fire"), pairs=replace(recipe.pairs, n=n)), Path(folder))
-            yield f"{n:,} pairs", {"n": n, "seconds": _timed(lambda session=session: make_pairs(session))}  # type: ignore[misc]
-    for n in (one for one in PROMPTS if one <= largest):
-        with tempfile.TemporaryDirectory() as folder:
-            row = replace(recipe.attacks[0], images=n)
-            bare = replace(recipe.score.without_besides(), unrelated=1, near_miss=0, unsafe_row=row.row)
-            session = Session(replace(recipe, attacks=(row,), score=bare), Path(folder))
-            seconds = _timed(lambda session=session: _evaluated(session))  # type: ignore[misc]
-            yield f"{n:,} images on each of two models, judged", {"n": n, "seconds": seconds}
+def kept(path: Path, now: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The points in a file of results that are of this code on this machine."""
+    if not path.exists():
+        return {}
+    told = read_json(path)
+    same = all(told.get(key) == now[key] for key in ("machine", "threads", "code")) and "dirty" not in {**told, **now}
+    return dict(told["found"]) if same else {}
 
 
-def _evaluated(session: Session) -> None:
-    from duo import erase
-
-    erase(session)
-    attack(session)
-    score(session)
-
-
-def _timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def plot(results: Path) -> None:
+    """`docs/growth.svg` from the files of results."""
+    panels = []
+    for what, (title, unit) in WORDS.items():
+        path = results / f"growth-{what}.json"
+        if path.exists():
+            points = sorted(read_json(path)["found"].values(), key=lambda point: point["n"])
+            panels.append(
+                Growth(
+                    title=title,
+                    unit=unit,
+                    n=[point["n"] for point in points],
+                    seconds=[point["seconds"] for point in points],
+                    mib=[point["peak_mib"] for point in points],
+                )
+            )
+    if panels:
+        write_bytes(DOCS / "growth.svg", growth(panels).encode())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("report", "stages"))
-    parser.add_argument("--largest", type=int, default=10**9, help="leave out what is larger")
-    parser.add_argument("--run", type=Path, help="write the report of this run, and tell what it took")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(SIZES)}; all of them if none is named")
+    parser.add_argument("--largest", type=int, help="also what is larger than is usual, up to so much")
+    parser.add_argument("--budget", type=float, default=15, help="minutes, after which no further point is begun")
+    parser.add_argument("--anew", action="store_true", help="leave what was measured before")
+    parser.add_argument("--plot", action="store_true", help="nothing but the figure")
+    parser.add_argument("--results", type=Path, default=DOCS / "results")
     given = parser.parse_args()
-    if given.run:
-        print(json.dumps(report_of(given.run)))
-        return
-    torch.set_num_threads(1)
-    found = {}
-    for name, told in (reports if given.what == "report" else stages)(given.largest):
-        found[name] = told
-        print(name, {key: round(value, 3) for key, value in told.items()}, flush=True)
-    if given.out:
-        write_json(given.out, {**machine(), "threads": 1, "found": found})
+    if unknown := set(given.what) - set(SIZES):
+        parser.error(f"{', '.join(sorted(unknown))} is none of {', '.join(SIZES)}")
+    end, left = time.monotonic() + 60 * given.budget, []
+    for what in () if given.plot else given.what or SIZES:
+        path, now = given.results / f"growth-{what}.json", about()
+        found = {} if given.anew else kept(path, now)
+        most = given.largest if given.largest is not None else USUAL.get(what, max(SIZES[what]))
+        for n in (one for one in SIZES[what] if one <= most and str(one) not in found):
+            if time.monotonic() > end:
+                left.append(f"{what} {n:,}")
+                continue
+            found[str(n)] = measured(what, n)
+            write_json(path, {**now, "found": found})
+            print(what, f"{n:,}", {key: round(value, 2) for key, value in found[str(n)].items()}, flush=True)
+    plot(given.results)
+    if left:
+        print(f"left for another call, as {given.budget:g} minutes are over: {', '.join(left)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,23 @@ def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("content", "reason"), [('{"i": 0}\n{"i"', "cut off"), ("[1]\n", "a row is no object")])
 def test_rows_that_are_broken_are_named(tmp_path: Path, content: str, reason: str) -> None:
     (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(UserError, match=rf"a\.jsonl is not valid JSONL .*{reason}"):
-        rundir.read_jsonl(tmp_path / "a.jsonl")
+    for read in (rundir.read_jsonl, rundir.rows_of):
+        with pytest.raises(UserError, match=rf"a\.jsonl is not valid JSONL .*{reason}"):
+            list(read(tmp_path / "a.jsonl"))
+
+
+def test_rows_that_cannot_all_be_made_leave_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rundir.write_jsonl(path, [{"old": 1}])
+
+    def broken() -> Iterator[dict[str, int]]:
+        yield {"new": 2}
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        rundir.write_jsonl(path, broken())
+    assert rundir.read_jsonl(path) == [{"old": 1}]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_resumed_log_ends_as_one_that_was_never_stopped(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from duo.errors import UserError
 
@@ -25,13 +25,20 @@ MOST_DIGITS = 100  # of a whole number; floats end at 1e308, and seeds at 2â¶â
 def read_whole(path: Path) -> bytes:
     """The bytes of a file. Raises what `Path.read_bytes` raises, and `ValueError` for what is no plain file, such as a
     pipe, which would never end, and for one that is too large to be read at once."""
-    with open(path, "rb", opener=_unblocked) as file:
-        about = os.fstat(file.fileno())
-        if not stat.S_ISREG(about.st_mode):
-            raise ValueError("it is no plain file")
-        if about.st_size > LARGEST:
-            raise ValueError(f"it has {about.st_size:,} bytes, more than {LARGEST:,}")
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > LARGEST:
+            raise ValueError(f"it has {size:,} bytes, more than {LARGEST:,}")
         return file.read()
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """A file to be read bit by bit. Raises what `open` raises, and `ValueError` for what is no plain file."""
+    file = open(path, "rb", opener=_unblocked)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError("it is no plain file")
+    return file
 
 
 def read_text(path: Path, *, encoding: str = "utf-8") -> str:

@@ -16,7 +16,7 @@ def intact_attack(stage: Stage) -> None:
     if "not_defined" in manifest:
         return
     attempts = stage.intact("attempts.jsonl", manifest.get("attempts"))  # older versions of duo recorded no digest
-    intact_images(stage, stage.folder / "images", len(rundir.read_jsonl(attempts)), manifest["digest"])
+    intact_images(stage, stage.folder / "images", sum(1 for _ in rundir.rows_of(attempts)), manifest["digest"])
 
 
 def intact_images(stage: Stage, folder: Path, n: int, wanted: str | None) -> None:
@@ -40,8 +40,8 @@ def _named(name: str | None) -> str:
 def images_digest(folder: Path, n: int) -> str:
     """One digest of the images 0000.png … of a folder; of those that were purged, by their account."""
     gone = account(folder)
-    paths = [folder / f"{i:04d}.png" for i in range(n)]
-    return rundir.digest([gone[path.name] if _gone(path, gone) else rundir.digest(path) for path in paths])
+    paths = (folder / f"{i:04d}.png" for i in range(n))
+    return rundir.digest_of_texts(gone[path.name] if _gone(path, gone) else rundir.digest(path) for path in paths)
 
 
 def _gone(path: Path, gone: Mapping[str, str]) -> bool:

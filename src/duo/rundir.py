@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from duo import parallel
 from duo.errors import UserError
-from duo.foreign import json_value, read_text, read_whole, refuse_strays
+from duo.foreign import json_value, open_plain, read_text, read_whole, refuse_strays
 from duo.plugins import Precision, Sampling
 from duo.purged import removed
 from duo.terminal import printable
@@ -95,6 +95,7 @@ def make_room(path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; name another --out") from error
 
 
+PIECE = 2**20  # bytes that are written at once of what is made bit by bit
 _ESCAPED = "backslashreplace"  # of names that are no UTF-8: Python's escapes of lone surrogates are JSON's
 
 
@@ -136,8 +137,40 @@ def read_table(path: Path, key: str) -> dict[str, Any]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line, all at once."""
-    write_bytes(path, "".join(_line(row) for row in rows).encode())
+    """Write one JSON object a line, whole or not at all; the rows are taken one by one, for they may be many."""
+    write_parts(path, (_line(row).encode() for row in rows))
+
+
+def write_parts(path: Path, parts: Iterable[bytes]) -> None:
+    """As `write_bytes`, of what is made bit by bit and would not be held at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            for part in _gathered(parts):
+                if os.write(descriptor, part) < len(part):  # which is how a disk says first that it is full
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _naming(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _gathered(parts: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces that are worth a write."""
+    held: list[bytes] = []
+    size = 0
+    for part in parts:
+        held.append(part)
+        size += len(part)
+        if size >= PIECE:
+            yield b"".join(held)
+            held, size = [], 0
+    yield b"".join(held)
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
@@ -189,6 +222,23 @@ def read_jsonl(path: Path, *, appended: bool = False) -> list[dict[str, Any]]:
         raise UserError(f"{path} is not valid JSONL ({error}); restore it, or start anew with another --out") from error
 
 
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """As `read_jsonl`, of a file that was written at once, a row at a time: for those that may have 10⁵."""
+    if not path.exists():
+        return
+    try:
+        with open_plain(path) as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    raise ValueError("its last line is cut off")
+                row = json_value(line, table=partial(Table, path))
+                if not isinstance(row, dict):
+                    raise ValueError("a row is no object")
+                yield row
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSONL ({error}); restore it, or start anew with another --out") from error
+
+
 def write_image(path: Path, image: Image) -> None:
     """Write a PNG, or a lossless WebP where the name ends in `.webp`: RGB pixels come back as they were."""
     private(path.parent)
@@ -219,6 +269,16 @@ def digest(value: object) -> str:
         with value.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def digest_of_texts(texts: Iterable[str]) -> str:
+    """`digest` of the list of these texts, of which no more than one is held."""
+    whole, before = hashlib.sha256(b"["), b""
+    for text in texts:
+        whole.update(before + json.dumps(text).encode())
+        before = b","
+    whole.update(b"]")
+    return whole.hexdigest()
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -425,7 +485,11 @@ class Blocks:
 
     def records(self) -> list[dict[str, Any]]:
         """The records of all blocks that are done, in order."""
-        return [read_json(path) for path in map(self._path, self.ranges) if path.exists()]
+        return list(self.each())
+
+    def each(self) -> Iterator[dict[str, Any]]:
+        """The same, one at a time."""
+        return (read_json(path) for path in map(self._path, self.ranges) if path.exists())
 
     def _path(self, rows: range) -> Path:
         return self.folder / f"{rows.start:04d}.json"

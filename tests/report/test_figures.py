@@ -42,5 +42,14 @@ def test_curves_of_any_number_are_drawn() -> None:
         ElementTree.fromstring(svg)
 
 
+def test_growth_of_any_number_is_drawn_with_its_memory() -> None:
+    one = {"unit": "images", "n": [10, 1000], "seconds": [1.0, 20.0], "mib": [120.4, 130.0]}
+    for count in (1, 2, 4):
+        drawn = figures.growth([figures.Growth(title=f"Work {i}", **one) for i in range(count)])
+        ElementTree.fromstring(drawn)
+        assert drawn.count(">120 MiB<") == drawn.count(">130 MiB<") == count
+        assert all(f">Work {i}<" in drawn for i in range(count)) and ">1,000<" in drawn
+
+
 def test_running_mean_is_of_the_last_values() -> None:
     assert figures._running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]

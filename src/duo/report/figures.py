@@ -42,6 +42,52 @@ class TradeoffPoint:
     preservation: Mean
 
 
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """What so much work took: `n` units, the seconds, and the highest resident size in MiB."""
+
+    title: str
+    unit: str
+    n: Sequence[float]
+    seconds: Sequence[float]
+    mib: Sequence[float]
+
+
+def growth(measured: Sequence[Growth]) -> str:
+    """Seconds over work, a panel each, both axes logarithmic; the dashed line is proportional to the work.
+
+    Beside each point stands the highest resident size.
+    """
+    columns = min(3, len(measured))
+    rows = -(-len(measured) // columns)
+    with _canvas(3.3 * columns, 0.3 + 2.5 * rows) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for panel, one in zip(panels, measured, strict=False):
+            panel.loglog(one.n, one.seconds, "-o", color=ERASED, linewidth=1.3, markersize=5)
+            last = one.seconds[-1] / one.n[-1]
+            panel.loglog(one.n, [last * n for n in one.n], "--", color=ORIGINAL, linewidth=1.0)
+            for n, seconds, mib in zip(one.n, one.seconds, one.mib, strict=True):
+                panel.annotate(
+                    f"{mib:.0f} MiB",
+                    (n, seconds),
+                    xytext=(0, 7),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                    color=MUTED,
+                )
+            panel.set_title(one.title, loc="left", fontsize=10.5, color=INK)
+            panel.set_xticks(one.n, [f"{n:,}" for n in one.n])
+            panel.minorticks_off()
+            panel.margins(x=0.15, y=0.25)
+            panel.set_xlabel(one.unit)
+            panel.set_ylabel("seconds")
+            panel.grid(axis="y", color=GRID, linewidth=0.8)
+        for panel in panels[len(measured) :]:
+            panel.set_axis_off()
+        return _svg(figure, "growth", f"Seconds over work: {', '.join(one.title for one in measured)}.")
+
+
 def variant_rates(attacks: Sequence[Attack]) -> str:
     """Detected rate over the settings of each attack that has several, a panel each, with 95% intervals."""
     columns = min(3, max(2, len(attacks)))

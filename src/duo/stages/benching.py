@@ -33,7 +33,7 @@ from duo.report.tradeoff.cells import ANEW
 from duo.stages.attacking import attack, attack_concept
 from duo.stages.hardening import erase
 from duo.stages.pairing import make_pairs
-from duo.stages.scoring import adherence_of, attacked_set, labels_of, probe, seen, survival_of
+from duo.stages.scoring import adherence_of, attacked_set, compared, labels_of, probe, seen, survival_of
 from duo.stages.session import MODELS, UNRELATED, Session, versions, world_digest
 
 LETTERS = {"present": "p", "absent": "a", "corrupted": "c"}
@@ -335,8 +335,7 @@ def _preserved(session: Session, unit: Unit) -> Made:
         if len(set(one.prompts)) < len(one.prompts):  # else each image has its own, and cells stay as they were
             told["prompts"] = _numbered(one.prompts, of=session.prompts(UNRELATED))
         if session.preservation is not None and unit.point is not None:
-            metric = session.preservation()
-            metric.update(images=one.images, references=sets[UNRELATED, "original"].images, prompts=one.prompts)
+            metric = compared(session.preservation(), sets[UNRELATED, "original"], one)
             values = [round(float(value), DIGITS) for value in metric.compute()]
             told["preservation"] = {"metric": metric.name, "values": values}
         if session.adherence is not None:

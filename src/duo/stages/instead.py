@@ -14,7 +14,7 @@ from duo.rundir import Blocks, Stage, progress
 from duo.safe_part import SafePart
 from duo.seeds import seed_for
 from duo.stages.protocol import seeds_of, shared_protocol
-from duo.stages.rendering import read_image
+from duo.stages.rendering import READ_TOGETHER, read_image
 from duo.stages.session import MODELS, TWINS, Session
 
 
@@ -123,11 +123,12 @@ def _compared(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a metric gives for some of the images of both models, beside `asked` prompts and, if any, `references`."""
     rows, values = list(asked), {}
-    beside = [read_image(references[i]) for i in rows] if references else None
     for model in MODELS:
         metric = make()
         if rows:  # metrics refuse to compare nothing
-            metric.update(images=unsafe.read(model, rows), references=beside, prompts=list(asked.values()))
+            for part in (rows[cut.start : cut.stop] for cut in rundir.blocks(len(rows), READ_TOGETHER)):
+                beside = [read_image(references[i]) for i in part] if references else None
+                metric.update(images=unsafe.read(model, part), references=beside, prompts=[asked[i] for i in part])
             values[model] = metric.compute()
     told: dict[str, Any] = {"metric": metric.name, "n": len(rows)}
     prompts = [unsafe.prompts[i] for i in rows]

@@ -14,7 +14,7 @@ from duo.rundir import Stage
 from duo.seeds import seed_for
 from duo.stages.rendering import read_images, render
 from duo.stages.rounds import Round
-from duo.stages.scoring import JudgedSet, as_seen, attacked_set, judged
+from duo.stages.scoring import JudgedSet, as_seen, attacked_set, judged, verdicts_of
 from duo.stages.session import MODELS, UNRELATED
 
 MEASURED, VERDICTS = "measured", "verdicts.jsonl"
@@ -51,10 +51,7 @@ def measure(one: Round, first: Round) -> dict[str, Any]:
                     _draw(one, stage, model)
             parallel.barrier()
             if parallel.is_main():
-                labelled = {
-                    name: [Verdict(**verdict) for record in blocks.records() for verdict in record["verdicts"]]
-                    for name, blocks in parts.items()
-                }
+                labelled = {name: list(verdicts_of(blocks)) for name, blocks in parts.items()}
                 verdicts = [row for name in sets for row in _verdict_rows(one, sets[name], labelled[name])]
                 rundir.write_jsonl(stage.folder / VERDICTS, verdicts)
                 told = [_told(one, row, sets.get(row.row), verdicts, manifests[row.row]) for row in rows]

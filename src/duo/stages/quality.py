@@ -16,10 +16,9 @@ from duo.plugins import Attempt, Metric, SetMetric
 from duo.rundir import Stage
 from duo.seeds import seed_for
 from duo.stages.protocol import seeds_of, shared_protocol
-from duo.stages.rendering import read_image, render
+from duo.stages.rendering import READ_TOGETHER, read_image, render
 from duo.stages.session import CAPTIONS, MODELS, Session
 
-READ_TOGETHER = 64  # images: of tens of thousands, not all are held at once
 OTHER_NOISE = "reference"  # folder of the original model's images that are the references
 REFERENCES = "references"
 

@@ -16,6 +16,8 @@ from duo.plugins import Attempt, Family, Sampling
 from duo.rundir import progress
 from duo.stages.session import Session
 
+READ_TOGETHER = 64  # images: of tens of thousands, not all are held at once
+
 
 def render(
     session: Session,

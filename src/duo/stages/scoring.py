@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from sys import intern
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from duo import parallel, rundir, scores
 from duo.errors import UserError, did_you_mean
 from duo.fields import as_table
 from duo.intact import intact_attack
-from duo.plugins import Attempt, Verdict
+from duo.plugins import Attempt, Metric, Verdict
 from duo.recipe import AttackRow
 from duo.rundir import Blocks, Stage
 from duo.seeds import seed_for
@@ -25,7 +25,7 @@ from duo.stages.checks import checks
 from duo.stages.instead import Unsafe, draw_twins, measure_instead
 from duo.stages.protocol import drawn_by, judge_protocol, seeds_of, shared_protocol
 from duo.stages.quality import Captioned, draw_captions, measure_quality
-from duo.stages.rendering import read_image, read_images, render
+from duo.stages.rendering import read_image, render
 from duo.stages.session import MODELS, UNRELATED, Session, world_digest
 
 # Images that a judge is handed at once. A whole number of the judges' own batches, so that where a block ends changes
@@ -46,9 +46,14 @@ class JudgedSet:
     queries: int = 0
     sources: Sequence[Image | None] = ()  # what an attack's images were to give back
 
-    @cached_property
-    def images(self) -> list[Image]:
-        return read_images(self.folder, len(self.prompts))
+    def image(self, index: int) -> Image:
+        """One of its images, read anew."""
+        return read_image(self.folder / f"{index:04d}.png")
+
+    def batches(self) -> Iterator[tuple[range, list[Image]]]:
+        """All of its images, as many at a time as are judged together: a set may have a hundred thousand."""
+        for rows in rundir.blocks(len(self.prompts), JUDGED_TOGETHER):
+            yield rows, [self.image(i) for i in rows]
 
 
 def score(session: Session) -> dict[str, Any]:
@@ -132,22 +137,27 @@ def _unsafe(session: Session, attacked: Sequence[JudgedSet]) -> Unsafe | None:
 def attacked_set(session: Session, row: AttackRow, model: str) -> JudgedSet:
     """The images of a finished attack on one model."""
     folder = session.dir.path / "attack" / row.row / model
-    rows = rundir.read_jsonl(folder / "attempts.jsonl")
+    prompts: list[str] = []
+    seeds: list[int] = []
+    variants: list[str] = []
+    queries, have_sources = 0, False
+    for one in rundir.rows_of(folder / "attempts.jsonl"):
+        prompts.append(intern(one["base_prompt"]))  # of which images share a few
+        seeds.append(one["seed"])
+        variants.append(intern(one["variant"]))
+        queries = max(queries, one["queries"])
+        have_sources = have_sources or "source" in one.get("digests", {})
     return JudgedSet(
         name=row.row,
         model=model,
-        prompts=[one["base_prompt"] for one in rows],
-        seeds=[one["seed"] for one in rows],
+        prompts=prompts,
+        seeds=seeds,
         folder=folder / "images",
-        variants=[one["variant"] for one in rows],
-        queries=max(one["queries"] for one in rows),
-        sources=[one.source for one in rendered_attempts(folder)[0]] if _have_sources(rows) else (),
+        variants=variants,
+        queries=queries,
+        # Only where an attack's images were to give others back are its searches read again.
+        sources=[one.source for one in rendered_attempts(folder)[0]] if have_sources else (),
     )
-
-
-def _have_sources(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether an attack's images were to give others back: only then are its searches read again."""
-    return any("source" in row.get("digests", {}) for row in rows)
 
 
 def probe(session: Session, stage: Stage, *, models: Sequence[str] = MODELS) -> list[JudgedSet]:
@@ -173,8 +183,8 @@ def judged(session: Session, stage: Stage, one: JudgedSet) -> Blocks:
     """The judge's verdicts of one set, by blocks: those that are done already, by whichever process, are left."""
     parts = Blocks(stage.folder / rundir.BLOCKS / one.name / one.model, n=len(one.prompts), size=JUDGED_TOGETHER)
     for rows in parts.pending():
-        images = [read_image(one.folder / f"{i:04d}.png") for i in rows]
-        parts.done(rows, {"verdicts": [as_table(verdict) for verdict in session.judge(images)]})
+        verdicts = session.judge([one.image(i) for i in rows])
+        parts.done(rows, {"verdicts": [as_table(verdict) for verdict in verdicts]})
     return parts
 
 
@@ -189,20 +199,22 @@ def _join(
 ) -> None:
     """From the blocks' verdicts to the stage's own files; `reasons` are of attacks that are not defined here."""
     sets = [*attacked, *probed]
-    verdicts = {
-        key: [Verdict(**verdict) for record in blocks.records() for verdict in record["verdicts"]]
-        for key, blocks in parts.items()
-    }
+    labels = {key: [intern(verdict.label) for verdict in verdicts_of(blocks)] for key, blocks in parts.items()}
     survival = {(one.name, one.model): survival_of(session, one) for one in sets if one.name in session.near_misses}
-    rundir.write_jsonl(stage.folder / "verdicts.jsonl", _verdict_rows(session, sets, verdicts, survival))
-    sections = _sections(session, attacked, probed, verdicts, survival, reasons)
+    rundir.write_jsonl(stage.folder / "verdicts.jsonl", _verdict_rows(session, sets, parts, survival))
+    sections = _sections(session, attacked, probed, labels, survival, reasons)
     protocol = _protocol(session, attacked, probed)
     for name, told in _measured_besides(session, stage, besides, sections["attacks"]).items():
         sections[name], protocol[name] = told
-    sections["checks"] = _checks(probed, besides.unsafe, verdicts)
+    sections["checks"] = _checks(probed, besides.unsafe, labels)
     rundir.write_json(stage.folder / "scores.json", {**sections, "protocol": protocol})
     digests = {name: rundir.digest(stage.folder / name) for name in rundir.SCORED}
     stage.finish(judged_together=JUDGED_TOGETHER, digests=digests)
+
+
+def verdicts_of(blocks: Blocks) -> Iterator[Verdict]:
+    """The verdicts of a set's blocks, in order: read one block at a time, as often as they are needed."""
+    return (Verdict(**verdict) for record in blocks.each() for verdict in record["verdicts"])
 
 
 def survival_of(session: Session, one: JudgedSet) -> list[bool]:
@@ -210,12 +222,13 @@ def survival_of(session: Session, one: JudgedSet) -> list[bool]:
     near = session.near_misses[one.name]
     where = f"concept {session.concept.name}: near_miss.{one.name}"
     if near.judge is not None:
-        return [verdict.label == "present" for verdict in session.near_miss_judges[one.name](one.images)]
+        judge = session.near_miss_judges[one.name]
+        return [verdict.label == "present" for _, images in one.batches() for verdict in judge(images)]
     right = adherence_of(session, one)
     attribute = str(near.attribute)
     if attribute not in right:
         raise UserError(f"{where}.attribute is {attribute!r}{did_you_mean(attribute, right)}")
-    if len(right[attribute]) != len(one.images):
+    if len(right[attribute]) != len(one.prompts):
         raise UserError(f"{where}: every prompt must name its {attribute}, for that tells whether it survived")
     return right[attribute]
 
@@ -223,20 +236,21 @@ def survival_of(session: Session, one: JudgedSet) -> list[bool]:
 def adherence_of(session: Session, one: JudgedSet) -> dict[str, list[bool]]:
     """For each attribute, whether an image shows it, of the images whose prompt names it; `all` is for all at once."""
     metric = session.adherence()
-    metric.update(images=one.images, references=None, prompts=one.prompts)
+    for rows, images in one.batches():
+        metric.update(images=images, references=None, prompts=[one.prompts[i] for i in rows])
     return {**metric.by_attribute(), "all": [value == 1 for value in metric.compute()]}
 
 
 def _verdict_rows(
     session: Session,
     sets: Sequence[JudgedSet],
-    verdicts: Mapping[tuple[str, str], Sequence[Verdict]],
+    parts: Mapping[tuple[str, str], Blocks],
     survival: Mapping[tuple[str, str], Sequence[bool]],
 ) -> Iterator[dict[str, Any]]:
     judge = session.judge_config.name
     for one in sets:
         alive = survival.get((one.name, one.model))
-        for i, verdict in enumerate(verdicts[one.name, one.model]):
+        for i, verdict in enumerate(verdicts_of(parts[one.name, one.model])):
             row = {"set": one.name, "model": one.model, "index": i, "judge": judge, "label": verdict.label}
             row |= {"scores": dict(verdict.scores), "prompt": one.prompts[i], "seed": one.seeds[i]}
             row |= {"record": dict(verdict.record)} if verdict.record else {}
@@ -247,12 +261,11 @@ def _sections(
     session: Session,
     attacked: Sequence[JudgedSet],
     probed: Sequence[JudgedSet],
-    verdicts: Mapping[tuple[str, str], Sequence[Verdict]],
+    labels: Mapping[tuple[str, str], Sequence[str]],
     survival: Mapping[tuple[str, str], Sequence[bool]],
     reasons: Mapping[str, str],
 ) -> dict[str, Any]:
     recipe = session.recipe
-    labels = {key: [verdict.label for verdict in found] for key, found in verdicts.items()}
     of = {(one.name, one.model): one for one in [*attacked, *probed]}
     attacks = [
         line
@@ -305,8 +318,7 @@ def seen(session: Session, row: AttackRow, model: str) -> scores.Seen:
 
 def labels_of(session: Session, one: JudgedSet) -> list[str]:
     """The judge's labels of a set of images."""
-    cut = rundir.blocks(len(one.prompts), JUDGED_TOGETHER)
-    return [verdict.label for rows in cut for verdict in session.judge([one.images[i] for i in rows])]
+    return [verdict.label for _, images in one.batches() for verdict in session.judge(images)]
 
 
 def _measured_besides(
@@ -321,14 +333,13 @@ def _measured_besides(
 
 
 def _checks(
-    probed: Sequence[JudgedSet], unsafe: Unsafe | None, verdicts: Mapping[tuple[str, str], Sequence[Verdict]]
+    probed: Sequence[JudgedSet], unsafe: Unsafe | None, labels: Mapping[tuple[str, str], Sequence[str]]
 ) -> dict[str, Any]:
-    labels = {model: [verdict.label for verdict in verdicts[UNRELATED, model]] for model in MODELS}
     images = {model: [] if unsafe is None else list(unsafe.images[model]) for model in MODELS}
     for one in probed:
         if one.name == UNRELATED:
             images[one.model] += [one.folder / f"{i:04d}.png" for i in range(len(one.prompts))]
-    return checks(labels, images, models=MODELS)
+    return checks({model: labels[UNRELATED, model] for model in MODELS}, images, models=MODELS)
 
 
 def _protocol(session: Session, attacked: Sequence[JudgedSet], probed: Sequence[JudgedSet]) -> dict[str, Any]:
@@ -373,7 +384,7 @@ def as_seen(session: Session, one: JudgedSet, labels: Sequence[str]) -> scores.S
         variants=one.variants,
         restarts=hasattr(session.attacks[one.name], "restarts"),
         idle=getattr(session.attacks[one.name], "idle", None),
-        psnr=[None if source is None else _psnr(one.images[i], source) for i, source in enumerate(one.sources)],
+        psnr=[None if source is None else _psnr(one.image(i), source) for i, source in enumerate(one.sources)],
         queries=one.queries,
     )
 
@@ -406,7 +417,14 @@ def preservation_of(session: Session, original: JudgedSet, erased: JudgedSet) ->
     """The mean of the preservation metric over two sets at the same noise; None where the recipe names none."""
     if session.preservation is None:
         return None
-    metric = session.preservation()
-    metric.update(images=erased.images, references=original.images, prompts=erased.prompts)
+    metric = compared(session.preservation(), original, erased)
     told = scores.mean(metric.compute(), prompts=erased.prompts, seed=session.recipe.seed)
     return {"metric": metric.name, **told}
+
+
+def compared(metric: Metric, original: JudgedSet, erased: JudgedSet) -> Metric:
+    """The metric, once it has seen each image of the erased model beside the original's."""
+    for rows, images in erased.batches():
+        references = [original.image(i) for i in rows]
+        metric.update(images=images, references=references, prompts=[erased.prompts[i] for i in rows])
+    return metric
