@@ -11,12 +11,14 @@
 # make ablations  the same for what of DUO does what
 # make beyond  the same for objectives beyond DUO's, and what the study of them minimises (docs/beyond.md)
 # make hardening  DUO hardened in rounds, every round put to the red team, for docs/hardening.md (hours)
+# make bench   our loops beside the peers' on the embedded model, and on real sizes where there is a GPU: docs/results/speed.json and
+#              the table of docs/performance.md (12 minutes on two idle cores; on a busy machine its numbers are worth nothing)
 # make clean   remove what these made, .venv and runs/demo included
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check torture clean tune results figure4 ablations beyond hardening
+.PHONY: demo test check torture bench clean tune results figure4 ablations beyond hardening
 
 demo: .venv/installed
 	$(BIN)/duo run toybox-fire --out runs/demo --resume
@@ -36,6 +38,9 @@ torture: .venv/installed-test
 
 tune: .venv/installed
 	$(BIN)/python benchmarks/tune.py --out runs/tune
+
+bench: .venv/installed-test
+	$(BIN)/python benchmarks/speed.py --memory --out docs/results/speed.json --docs docs/performance.md
 
 results: .venv/installed
 	$(BIN)/python benchmarks/results.py --out runs/results --docs docs/results
