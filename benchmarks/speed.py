@@ -22,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from duo.plugins import Family
 from duo.report import write_report
 from duo.rundir import write_json
 
-PAIRS = 16
+PAIRS = 8
 BEGIN, END = "<!-- made by make bench -->", "<!-- end of what make bench made -->"
 NO_GPU = "not measured: no GPU"
 HEADS = ("case", "a unit of work", "peer, ms", "ours, ms", "ours a second", "peer / ours", "memory MiB, peer / ours")
@@ -84,7 +85,7 @@ def toybox_pairs(model: Family) -> Pairs:
 
 def training(model: Family, *, loop: Loop = AUTHORS) -> Case:
     sides = Steps(model, toybox_pairs(model), loop, steps=6)
-    return Case(unit="step of 4 pairs", ours=sides.ours, peer=sides.peer, peer_is=loop.name, told=sides.told)
+    return Case(unit="step of 4 pairs", ours=sides.ours, peer=sides.peer, peer_is=loop.name, told=sides.told, rounds=5)
 
 
 def training_dpo(model: Family) -> Case:
@@ -193,7 +194,7 @@ def closed_form(model: Family, *, n: int = 1000) -> Case:
     return Case(unit=f"{len(texts):,} concepts by UCE", ours=lambda: timed(erase, 1), rounds=3)
 
 
-def judging(model: Family, *, n: int = 64) -> Case:
+def judging(model: Family, *, n: int = 32) -> Case:
     """The scoring judge, in the batches that scores take and one image at a time."""
     concept = load_concept("toybox-fire")
     judge, sampling = concept.judge.make("judges", "judge"), load_recipe("toybox-fire").sampling
@@ -288,7 +289,7 @@ def grown(side: Side) -> float:
     What lies there already, the imports and the model, is in neither. Where the kernel cannot count from now, it is the
     growth of the highest size ever.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # the case is on a GPU
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         side()
@@ -317,8 +318,16 @@ def peak(name: str, side: str, given: argparse.Namespace) -> float:
     """What `grown` tells of a process that runs one side once."""
     command = [sys.executable, __file__, "--only", name, "--side", side]
     command += ["--threads", str(given.threads), "--device", given.device]
-    told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(told.strip().splitlines()[-1])
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name}, {side}: {done.stderr.strip().splitlines()[-1]}")
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def peaks(name: str, sides: Sequence[str], given: argparse.Namespace) -> dict[str, float]:
+    """Of each side; on a CPU both at the same time, for nothing is timed, and on a GPU there may be room for one."""
+    with ThreadPoolExecutor(1 if torch.cuda.is_available() else len(sides)) as pool:
+        return dict(zip(sides, pool.map(lambda side: peak(name, side, given), sides), strict=True))
 
 
 def line(name: str, found: Mapping[str, Any]) -> str:
@@ -370,7 +379,7 @@ def main() -> None:
             found = measured(case, rounds=given.rounds)
             if given.memory and name != "help":  # whose memory is another process's
                 sides = ("peer", "ours") if case.peer else ("ours",)
-                found["grown_mib"] = {side: peak(name, side, given) for side in sides}
+                found["grown_mib"] = peaks(name, sides, given)
         whole["cases"][name] = found
         rows.append(line(name, found))
         print(rows[-1], flush=True)
