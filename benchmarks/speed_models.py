@@ -19,16 +19,17 @@ import torch
 from PIL import Image
 from scale import flux, sd3, sd14, sdxl
 
+import duo.toybox
 from duo.families.flux import Flux
 from duo.families.sd import Sd
 from duo.families.sd3 import Sd3
 from duo.families.sdxl import Sdxl
-from duo.models import load_family
 from duo.pairs import Pairs
 from duo.plugins import Family, Precision
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 PAIRS = 4
+TOKENIZER = Path(duo.toybox.__file__).parent / "weights" / "toybox" / "tokenizer"
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
 T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -54,10 +55,9 @@ class Size:
 
 def clip(shape: Mapping[str, int], *, projected: int | None, small: bool) -> tuple[Any, Any]:
     """A tokenizer and a CLIP text encoder."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-    tokenizer = load_family("toybox", device="cpu").tokenizer()
-    tokenizer.model_max_length = 77
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77)
     shape = {**shape, "num_hidden_layers": 2, "intermediate_size": 64} if small else shape
     config = CLIPTextConfig(
         **shape,
@@ -111,6 +111,17 @@ def sized(unet: Any, side: int, *, small: bool) -> Any:
     return unet
 
 
+def scheduler(kind: Any, **settings: Any) -> Any:
+    """On the CPU and in float32, whatever networks are made in: some of diffusers' go through numpy."""
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float32)
+        with torch.device("cpu"):
+            return kind(**settings)
+    finally:
+        torch.set_default_dtype(before)
+
+
 UNET = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "attention_head_dim": 2}
 
 
@@ -123,7 +134,7 @@ def sd14_pipeline(small: bool) -> Any:
         vae=vae(4, small=small),
         text_encoder=encoder,
         tokenizer=tokenizer,
-        scheduler=DDIMScheduler(**DDPM, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        scheduler=scheduler(DDIMScheduler, **DDPM, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -143,7 +154,7 @@ def sdxl_pipeline(small: bool) -> Any:
         text_encoder_2=encoder_2,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
-        scheduler=EulerDiscreteScheduler(**DDPM, timestep_spacing="leading", steps_offset=1),
+        scheduler=scheduler(EulerDiscreteScheduler, **DDPM, timestep_spacing="leading", steps_offset=1),
         add_watermarker=False,
     )
 
@@ -157,7 +168,7 @@ def sd3_pipeline(small: bool) -> Any:
     shrunk = {"num_layers": 1, "num_attention_heads": 1, "caption_projection_dim": 64, "sample_size": 8}
     return StableDiffusion3Pipeline(
         transformer=denoiser(sd3, small=small, **shrunk),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=scheduler(FlowMatchEulerDiscreteScheduler, shift=3.0),
         vae=vae(16, small=small, **SD3_VAE),
         text_encoder=encoder,
         tokenizer=tokenizer,
@@ -176,7 +187,7 @@ def flux_pipeline(small: bool) -> Any:
     shrunk = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1}
     return FluxPipeline(
         transformer=denoiser(flux, small=small, **shrunk),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=1.15),
+        scheduler=scheduler(FlowMatchEulerDiscreteScheduler, shift=3.0, use_dynamic_shifting=True, max_shift=1.15),
         vae=vae(16, small=small, sample_size=64 if small else 1024, **FLUX_VAE),
         text_encoder=encoder,
         tokenizer=tokenizer,
