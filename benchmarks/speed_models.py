@@ -61,7 +61,7 @@ def clip(shape: Mapping[str, int], *, projected: int | None, small: bool) -> tup
     shape = {**shape, "num_hidden_layers": 2, "intermediate_size": 64} if small else shape
     config = CLIPTextConfig(
         **shape,
-        vocab_size=49408,
+        vocab_size=len(tokenizer) if small else 49408,
         projection_dim=projected or shape["hidden_size"],
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -77,7 +77,13 @@ def t5(*, small: bool) -> tuple[Any, Any]:
 
     tokenizer, _ = tiny(16)
     shape = {**T5_XXL, "num_layers": 1, "d_ff": 32, "num_heads": 2, "d_kv": 8} if small else T5_XXL
-    config = T5Config(**shape, vocab_size=32128, feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1)
+    config = T5Config(
+        **shape,
+        vocab_size=len(tokenizer) if small else 32128,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=0,
+        eos_token_id=1,
+    )
     return tokenizer, T5EncoderModel(config)
 
 
