@@ -10,15 +10,18 @@
 #              RESULTS=DIR everything is made from nothing, there
 # make ablations  the same for what of DUO does what
 # make beyond  the same for objectives beyond DUO's, and what the study of them minimises (docs/beyond.md)
+# make relearning  erasures against fine-tuning, beside a model that never saw the concept (docs/beyond.md)
 # make hardening  DUO hardened in rounds, every round put to the red team, for docs/hardening.md (hours)
 # make growth  how seconds and memory grow with pairs, prompts, cells, processes and images (a quarter of an hour on an idle machine; goes on
 #              where it was stopped). With GROWTH="--largest 100000 --budget 600" up to the largest (hours)
+# make bench   our loops beside the peers' on the embedded model, and on real sizes where there is a GPU: docs/results/speed.json and
+#              the table of docs/performance.md (12 minutes on two idle cores; on a busy machine its numbers are worth nothing)
 # make clean   remove what these made, .venv and runs/demo included
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check torture clean tune results figure4 ablations beyond hardening growth
+.PHONY: demo test check torture bench clean tune results figure4 ablations beyond relearning hardening growth
 
 demo: .venv/installed
 	$(BIN)/duo run toybox-fire --out runs/demo --resume
@@ -39,13 +42,16 @@ torture: .venv/installed-test
 tune: .venv/installed
 	$(BIN)/python benchmarks/tune.py --out runs/tune
 
+bench: .venv/installed-test
+	$(BIN)/python benchmarks/speed.py --memory --out docs/results/speed.json --docs docs/performance.md
+
 results: .venv/installed
 	$(BIN)/python benchmarks/results.py --out runs/results --docs docs/results
 	$(BIN)/python benchmarks/budgets.py --out runs/budgets --docs docs/results
 	$(BIN)/python benchmarks/agreement.py compare --labels docs/results/labels.csv --docs docs/results
 
-figure4 ablations beyond: RESULTS ?= docs/results/$@
-figure4 ablations beyond: .venv/installed-test
+figure4 ablations beyond relearning: RESULTS ?= docs/results/$@
+figure4 ablations beyond relearning: .venv/installed-test
 	$(BIN)/duo bench toybox-$@ --out runs/$@ --results $(RESULTS) --engine ray
 	$(if $(filter beyond,$@),$(BIN)/python benchmarks/beyond.py $(RESULTS),cp $(RESULTS)/figure4.svg docs/$@.svg)
 

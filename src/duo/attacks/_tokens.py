@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +42,12 @@ class Vocabulary:
 
     def nearest(self, embeddings: Tensor) -> Tensor:
         """For each embedding (k, width) the word with the largest cosine, as its place among `words`: (k,)."""
-        return (F.normalize(embeddings, dim=1) @ F.normalize(self.rows, dim=1).T).argmax(dim=1)
+        return (F.normalize(embeddings, dim=1) @ self._directions.T).argmax(dim=1)
+
+    @cached_property
+    def _directions(self) -> Tensor:
+        """`rows` of length 1: of a real vocabulary too many to be made anew in every step."""
+        return F.normalize(self.rows, dim=1)
 
     def texts(self, places: Tensor) -> list[str]:
         """The words at these places (k,)."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from duo.conditioning import Conditioning
 from duo.errors import UserError
+from duo.families._fitting import Fitting
 from duo.families._loading import freeze, load_pipeline, save_pipeline
 from duo.families._sampling import (
     as_rgb,
@@ -34,6 +35,8 @@ from duo.families._sampling import (
 )
 from duo.families._text import PromptCache, span
 from duo.plugins import Family, Sampling, Span
+
+BY_ROW = ("image", "mask_image", "latents")  # what pipelines are given a row of for each image
 
 
 class DiffusersFamily(Family):
@@ -66,6 +69,7 @@ class DiffusersFamily(Family):
         }
         self._vae: Any = pipeline.vae
         self._images: Any = pipeline.image_processor
+        self._fitting = Fitting()
         self._plain = PromptCache(lambda prompt: self._encode([prompt], {}))
         freeze((self.denoiser, *self.encoders()))
 
@@ -142,7 +146,7 @@ class DiffusersFamily(Family):
         tokens: Mapping[str, Tensor] | None = None,
         latents: Tensor | None = None,
     ) -> list[Image]:
-        """Sample with diffusers' pipeline at the model's own size, all prompts in one batch.
+        """Sample with diffusers' pipeline at the model's own size, all prompts in one batch where memory has room.
 
         `latents` (n, *latent_shape) are unit normal noise to start from; a sampler that adds noise still draws that
         from the seeds.
@@ -153,7 +157,7 @@ class DiffusersFamily(Family):
         if latents is not None:
             check_latents(latents, prompts, self.latent_shape)
             given["latents"] = latents.to(self.device, self._dtype)  # the pipelines scale it as their scheduler wants
-        return self._draw(pipeline, prompts, negative_prompts, seeds=seeds, sampling=sampling, tokens=tokens, **given)
+        return self._drawn(pipeline, prompts, negative_prompts, seeds=seeds, sampling=sampling, tokens=tokens, **given)
 
     @torch.no_grad()
     def edit(
@@ -168,7 +172,7 @@ class DiffusersFamily(Family):
         tokens: Mapping[str, Tensor] | None = None,
         masks: Sequence[Image] | None = None,
     ) -> list[Image]:
-        """SDEdit with diffusers' image-to-image pipeline at the images' size, all images in one batch.
+        """SDEdit with diffusers' image-to-image pipeline at the images' size, in one batch where memory has room.
 
         With `masks` by its inpainting pipeline, with this same denoiser: at each step what is black is put back, as
         noised as the step is. White is drawn anew, from the image noised to `strength`, and at 1 from noise alone.
@@ -188,7 +192,7 @@ class DiffusersFamily(Family):
         given: dict[str, Any] = {"image": images, "strength": strength, **size}
         if masks is not None:
             given["mask_image"] = list(masks)
-        drawn = self._draw(pipeline, prompts, negative_prompts, seeds=seeds, sampling=sampling, tokens=tokens, **given)
+        drawn = self._drawn(pipeline, prompts, negative_prompts, seeds=seeds, sampling=sampling, tokens=tokens, **given)
         return drawn if masks is None else pasted(drawn, images, masks)
 
     def layers(self, scope: str) -> dict[str, nn.Module]:
@@ -222,6 +226,26 @@ class DiffusersFamily(Family):
     def _size(self, images: Sequence[Image] | None) -> Mapping[str, int]:
         """What the pipelines are told of the size of images to be edited (None: of new ones), where they must be."""
         return {}
+
+    def _drawn(
+        self,
+        pipeline: Any,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | None,
+        *,
+        seeds: Sequence[int],
+        **given: Any,
+    ) -> list[Image]:
+        """`_draw` of as many rows at once as fit the device."""
+        by_row = {name: given.pop(name) for name in BY_ROW if name in given}
+
+        def draw(rows: slice) -> list[Image]:
+            negatives = None if negative_prompts is None else negative_prompts[rows]
+            own = {name: values[rows] for name, values in by_row.items()}
+            return self._draw(pipeline, prompts[rows], negatives, seeds=seeds[rows], **given, **own)
+
+        size = by_row["image"][0].size if by_row.get("image") else None
+        return self._fitting.drawn(draw, len(prompts), kind=(type(pipeline), size))
 
     def _draw(
         self,
