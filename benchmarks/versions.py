@@ -2,11 +2,10 @@
 
     python benchmarks/versions.py lowest|newest [--work runs/versions] [--docs docs/results/versions]
 
-Makes a virtual environment of its own under `--work` (kept, and gone on with, as long as its versions are wanted), installs
-there by pip as set up on this machine, and runs `pytest` in this working tree. torch is held at the version of
-constraints.txt in both. `lowest` takes each requirement that pyproject.toml states, extras included, at the lowest release
-that its bound allows; what those bring along is the newest that fits. Writes `DOCS/lowest.json` or `DOCS/newest.json`,
-with the versions, and exits 1 where a test failed.
+Makes a virtual environment of its own under `--work`, installs there by pip as it is set up on this machine, and runs
+`pytest` in this working tree. torch is held at the version of constraints.txt in both. `lowest` takes each requirement
+that pyproject.toml states, extras included, at the lowest release that its bound allows; what those bring along is the
+newest that fits. Writes `DOCS/lowest.json` or `DOCS/newest.json`, with the versions, and exits 1 where a test failed.
 """
 
 from __future__ import annotations
