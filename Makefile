@@ -22,7 +22,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 HASHES ?= yes
-BY_HASH = $(PIP) --require-hashes --no-deps --only-binary :all: -r requirements/$(1).txt || { echo \
+LISTED = $(PIP) --require-hashes --no-deps --only-binary :all: -r requirements/$(1).txt
+BY_HASH = $(LISTED) || { echo \
   "set-up stopped: pip could not install requirements/$(1).txt by its hashes, for the reason above. Where you trust your index: make HASHES= $(MAKECMDGOALS)" >&2; exit 1; }
 TORCH_HAS_CUDA = $(BIN)/python -c 'import importlib.metadata as m; raise SystemExit(not any("nvidia" in one for one in m.requires("torch")))'
 
@@ -67,7 +68,8 @@ hardening: .venv/installed
 	$(PYTHON) -m venv .venv
 
 ifneq ($(HASHES),)
-.venv/installed: .venv/bin/python pyproject.toml constraints.txt requirements/core.txt requirements/cuda.txt
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt requirements/core.txt requirements/torch-cpu.txt requirements/cuda.txt
+	@$(call LISTED,torch-cpu) 2>/dev/null || echo "no build of torch without CUDA is known here: the index's own is installed"
 	@$(call BY_HASH,core)
 	@if $(TORCH_HAS_CUDA); then $(call BY_HASH,cuda); fi
 	$(PIP) --no-index --no-deps --no-build-isolation -e .

@@ -4,7 +4,8 @@
 
 constraints.txt says which versions; this adds the hashes, for every system and every Python from 3.11 on, and refuses
 where something would be installed that constraints.txt does not name. `core.txt` is what duo needs, `test.txt` what the
-extras of `make test` add, `cuda.txt` what torch's build with CUDA, the usual one on Linux, brings along.
+extras of `make test` add, `cuda.txt` what torch's build with CUDA, the usual one on Linux, brings along. The Makefile
+tries `torch-cpu.txt` first: pip prefers files whose hashes the index tells, so it needs a list of its own.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "requirements"
 EXTRAS = ("test", "nudenet", "app", "ray")
 CUDA = ("nvidia-", "cuda-", "triton")
-ALSO = {  # files of the same version that the package index does not have
-    # the CPU build for CPython 3.11 on Linux x86-64, as it lay on the machine that the lock was made on
-    "torch": ["6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"],
-}
+TORCH_CPU = (  # which the package index does not have; for CPython 3.11 on Linux x86-64, as it lay where the lock was made
+    "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",
+)
 HEAD = """\
 # {what}
 # Written by `make lock` from constraints.txt; `make demo` and `make test` install by these hashes. Not to be edited.
@@ -32,6 +32,7 @@ HEAD = """\
 WHAT = {
     "core": "What duo needs, setuptools to build it included.",
     "test": "What the extras of `make test` need beyond core.txt.",
+    "torch-cpu": "The build of torch without CUDA, where the machine's pip knows one.",
     "cuda": "What torch's build with CUDA (Linux) needs beyond core.txt; the Makefile looks whether it is that one.",
 }
 
@@ -55,8 +56,6 @@ def resolve(*extras: str) -> dict[str, str]:
                 raise SystemExit(f"constraints.txt leaves two versions of {name}")
             entries[name] = ""
         entries[name] += line
-    for name, hashes in ALSO.items():
-        entries[name] = entries[name].rstrip("\n") + "".join(f" \\\n    --hash=sha256:{one}" for one in hashes) + "\n"
     # Pyodide is no system that torch is made for.
     return {name: text for name, text in entries.items() if "sys_platform == 'emscripten'" not in text}
 
@@ -76,6 +75,8 @@ def main() -> int:
     parts: dict[str, list[str]] = {part: [] for part in WHAT}
     for name, entry in everything.items():
         parts["cuda" if name.startswith(CUDA) else "core" if name in core else "test"].append(entry)
+    (version,) = (line for line in lines if line.startswith("torch=="))
+    parts["torch-cpu"] = [f"{version}+cpu" + "".join(f" \\\n    --hash=sha256:{one}" for one in TORCH_CPU) + "\n"]
     FOLDER.mkdir(exist_ok=True)
     for part, entries in parts.items():
         (FOLDER / f"{part}.txt").write_text(HEAD.format(what=WHAT[part]) + "".join(entries))

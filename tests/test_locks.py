@@ -14,7 +14,8 @@ from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).parent.parent
 PARTS = ("core", "test", "cuda")
-TEXTS = {part: (REPOSITORY / f"requirements/{part}.txt").read_text() for part in PARTS}
+FILES = (*PARTS, "torch-cpu")
+TEXTS = {part: (REPOSITORY / f"requirements/{part}.txt").read_text() for part in FILES}
 EXTRAS = ("test", "nudenet", "app", "ray")  # as the Makefile's installed-test
 AGAIN = "write requirements/ again by `make lock`"
 
@@ -34,7 +35,11 @@ def test_they_say_the_versions_of_the_constraints() -> None:
     assert sorted(found) == sorted((name, f"=={version}") for name, version in wanted.items()), AGAIN
 
 
-@pytest.mark.parametrize("part", PARTS)
+def test_torch_without_cuda_is_of_the_same_version() -> None:
+    assert [f"{one}+cpu" for one in (pins("core")["torch"],)] == [str(one) for one in pins("torch-cpu").values()]
+
+
+@pytest.mark.parametrize("part", FILES)
 def test_every_package_has_hashes_and_there_is_nothing_else(part: str) -> None:
     entry = r"[a-z0-9-]+==[^\s;\\]+(?: ; [^\\\n]+)?(?: \\\n    --hash=sha256:[0-9a-f]{64})+\n"
     assert re.fullmatch(rf"(?:# .*\n)*(?:{entry})+", TEXTS[part]), AGAIN
@@ -65,7 +70,9 @@ def test_set_up_installs_nothing_without_a_hash(tmp_path: Path) -> None:
         return re.findall(r"pip install ([^|\n]*)", told)
 
     installs = commands()
-    assert [re.findall(r"requirements/(\w+)\.txt", one) for one in installs] == [["core"], ["cuda"], [], ["test"]]
+    assert [re.findall(r"-r requirements/(.+)\.txt", one) for one in installs] == [
+        *(["torch-cpu"], ["core"], ["cuda"], [], ["test"]),
+    ]
     for one in installs:
         assert "--no-deps" in one
         assert ("--require-hashes" in one and "--only-binary :all:" in one) or "--no-index" in one
