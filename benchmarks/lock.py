@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "requirements"
 EXTRAS = ("test", "nudenet", "app", "ray")
 CUDA = ("nvidia-", "cuda-", "triton")
-TORCH_CPU = (  # which the package index does not have; for CPython 3.11 on Linux x86-64, as it lay where the lock was made
+TORCH_CPU = (  # not on the package index: for CPython 3.11 on Linux x86-64, as it lay where the lock was made
     "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",
 )
 HEAD = """\
