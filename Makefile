@@ -16,12 +16,23 @@
 #              where it was stopped). With GROWTH="--largest 100000 --budget 600" up to the largest (hours)
 # make bench   our loops beside the peers' on the embedded model, and on real sizes where there is a GPU: docs/results/speed.json and
 #              the table of docs/performance.md (12 minutes on two idle cores; on a busy machine its numbers are worth nothing)
+# make versions  the suite on the lowest and on the newest versions that pyproject.toml allows, logs in docs/results/versions (an hour or so)
+# make lock    write requirements/*.txt, the hashes that set-up installs by, from constraints.txt
 # make clean   remove what these made, .venv and runs/demo included
+
+# Set-up installs files whose SHA-256 is in requirements/ and no others. `make demo HASHES=` installs by the versions of constraints.txt
+# alone: for an index with builds of its own, or a system for which a package has no wheel.
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+HASHES ?= yes
+LISTED = $(PIP) --require-hashes --no-deps --only-binary :all: -r requirements/$(1).txt
+BY_HASH = $(LISTED) || { echo \
+  "set-up stopped: pip could not install requirements/$(1).txt by its hashes, for the reason above. Where you trust your index: make HASHES= $(MAKECMDGOALS)" >&2; exit 1; }
+TORCH_HAS_CUDA = $(BIN)/python -c 'import importlib.metadata as m; raise SystemExit(not any("nvidia" in one for one in m.requires("torch")))'
 
-.PHONY: demo test check torture bench clean tune results figure4 ablations beyond relearning hardening growth
+.PHONY: demo test check torture bench clean tune results figure4 ablations beyond relearning hardening growth versions lock
 
 demo: .venv/installed
 	$(BIN)/duo run toybox-fire --out runs/demo --resume
@@ -67,13 +78,36 @@ growth: .venv/installed-test
 	  { echo "duo needs Python 3.11 or newer, and $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
+ifneq ($(HASHES),)
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt requirements/core.txt requirements/torch-cpu.txt requirements/cuda.txt
+	@$(call LISTED,torch-cpu) 2>/dev/null || echo "no build of torch without CUDA is known here: the index's own is installed"
+	@$(call BY_HASH,core)
+	@if $(TORCH_HAS_CUDA); then $(call BY_HASH,cuda); fi
+	$(PIP) --no-index --no-deps --no-build-isolation -e .
+	@$(BIN)/pip check --disable-pip-version-check
+	@touch $@
+
+.venv/installed-test: .venv/installed requirements/test.txt
+	@$(call BY_HASH,test)
+	@$(BIN)/pip check --disable-pip-version-check
+	@touch $@
+else
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(PIP) -c constraints.txt -e .
 	@touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,nudenet,app,ray]'
+	$(PIP) -c constraints.txt -e '.[test,nudenet,app,ray]'
 	@touch $@
+endif
+
+versions: .venv/installed-test
+	$(BIN)/python benchmarks/versions.py lowest
+	$(BIN)/python benchmarks/versions.py newest
+
+lock: .venv/installed-test
+	$(PIP) uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/lock.py
 
 clean:
 	rm -rf .venv runs/demo build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

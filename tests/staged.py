@@ -142,6 +142,7 @@ class LearnedWord:
     learns_from_images: ClassVar[bool] = True
     queries: ClassVar[int] = 1
     knew: ClassVar[list[Any]] = []
+    steps: int = 5  # a setting, which changes nothing
 
     def prepare(self, target: Any, concept: Any, *, run: Any) -> dict[str, torch.Tensor]:
         self.knew.append(concept)

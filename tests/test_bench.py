@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -262,6 +263,17 @@ def test_cells_of_other_settings_are_refused(grid: Grid, tmp_path: Path, write: 
     with pytest.raises(UserError, match=r"original/prompts\.json is of other settings than bench 'bench' has now"):
         make(other, tmp_path / "out")
     assert cells(results) == before
+
+
+@pytest.mark.parametrize("name", ["bench.json", "original/prompts.json"])
+def test_results_of_another_schema_are_left_alone(grid: Grid, tmp_path: Path, name: str) -> None:
+    results = make(grid, tmp_path / "out", only=["once"])
+    path = results / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 2}))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=rf"{name}: schema 2 is not known here, only 1; use the duo .* results$"):
+        make(grid, tmp_path / "out", only=["once"])
+    assert path.read_bytes() == before
 
 
 def test_the_results_of_another_bench_are_left_alone(grid: Grid, tmp_path: Path, write: Callable[..., Path]) -> None:

@@ -11,6 +11,7 @@ import torch
 import tiny_flow
 import tiny_unet
 from duo.bases import base_digest
+from duo.checkpoint import write_tensors
 from duo.delta import Delta, compose
 from duo.errors import UserError
 from duo.plugins import Sampling
@@ -198,6 +199,13 @@ def test_a_saved_delta_comes_back(tiny_sd, tmp_path: Path) -> None:
     first = path.read_bytes()
     loaded.save(path)
     assert path.read_bytes() == first
+
+
+def test_a_delta_of_another_schema_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "delta.safetensors"
+    write_tensors(path, {"denoiser.x": torch.zeros(1)}, {"schema": 2, "kind": "lora"})
+    with pytest.raises(UserError, match=r"delta\.safetensors: schema 2 is not known here, only 1; use the duo .* it$"):
+        Delta.load(path)
 
 
 def test_a_delta_for_another_model_is_refused_before_anything_changes(tiny_sd) -> None:

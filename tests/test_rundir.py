@@ -133,6 +133,68 @@ def test_another_configuration_is_refused_by_the_field_that_differs(tmp_path: Pa
         stage.begin({"method": {"beta": 20.0}, "words": ["a"], "rank": 4})
 
 
+DEFAULTS = {"redirect": {"named": 0.0, "layers": ("a",)}, "p4d": {"steps": 5}}  # of these alone
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_record_from_before_a_setting_is_taken_to_have_its_default(tmp_path: Path, finished: bool) -> None:
+    old = {"method": {"name": "redirect", "beta": 1.0}, "rows": [{"row": "x", "name": "p4d"}], "judge": {"name": "j"}}
+    Stage(tmp_path).begin(old)
+    if finished:
+        Stage(tmp_path).finish()
+    stage = Stage(tmp_path, DEFAULTS)
+    method: dict[str, Any] = {"name": "redirect", "beta": 1.0, "named": 0.0, "layers": ["a"]}
+    row: dict[str, Any] = {"row": "x", "name": "p4d", "steps": 5}
+    new: dict[str, Any] = {"method": method, "rows": [row], "judge": {"name": "j"}}
+    for wrong, told in (
+        ({"method": method | {"named": 0.5}}, r"method\.named = null, not 0\.5"),
+        ({"method": method | {"beta": 2.0}}, r"method\.beta = 1\.0, not 2\.0"),
+        ({"method": method | {"rank": 4}}, r"method\.rank = null, not 4"),
+        ({"rows": [row | {"steps": 6}]}, "rows = "),
+        ({"judge": {"name": "j", "steps": 5}}, r"judge\.steps = null, not 5"),
+    ):
+        with pytest.raises(UserError, match=told):
+            stage.begin(new | wrong)
+    with pytest.raises(UserError, match=r"method\.named = null, not 0\.0"):
+        Stage(tmp_path).begin(new)
+    assert stage.begin(new) is not finished
+    if not finished:
+        stage.finish()
+    assert stage.require("erase", new)["config"] == (old if finished else new)
+
+
+def test_a_run_from_before_a_setting_goes_on_and_says_the_setting(tmp_path: Path) -> None:
+    RunDir(tmp_path).describe({"recipe": {"method": {"name": "redirect"}}}, fixed={})
+    run, new = RunDir(tmp_path, DEFAULTS), {"method": {"name": "redirect", "named": 0.0, "layers": ["a"]}}
+    run.stage("erase").begin({})
+    with pytest.raises(UserError, match=r"run\.json has recipe\.method\.named = null, not 0\.5"):
+        run.describe({"recipe": {"method": new["method"] | {"named": 0.5}}}, fixed={"erase": ["method"]})
+    run.describe({"recipe": new}, fixed={"erase": ["method"]})
+    assert rundir.read_json(tmp_path / "run.json")["recipe"] == new
+
+
+@pytest.mark.parametrize("schema", [0, 2, "1", True, None])
+def test_records_of_another_schema_are_refused_in_a_line(tmp_path: Path, schema: object) -> None:
+    told = r"json: schema .* is not known here, only 1; use the duo that wrote it, or start anew with another --out$"
+    RunDir(tmp_path).describe({"recipe": {}}, fixed={})
+    going, done = RunDir(tmp_path).stage("pairs"), RunDir(tmp_path).stage("erase")
+    going.begin({})
+    done.begin({})
+    done.finish()
+    for path in (tmp_path / "run.json", going.partial, done.manifest):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": schema}))
+        with pytest.raises(UserError, match=told):
+            rundir.read_json(path)
+    for wrong in (
+        lambda: RunDir(tmp_path).describe({"recipe": {}}, fixed={}),
+        lambda: going.begin({}),
+        lambda: done.begin({}),
+        lambda: done.require("erase"),
+    ):
+        with pytest.raises(UserError, match=told):
+            wrong()
+
+
 def test_leftovers_of_a_killed_write_are_swept(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     stage.begin({})

@@ -158,6 +158,29 @@ def test_another_configuration_is_refused(open_session: Any) -> None:
         score(open_session("run", "method.size=0.25", "attacks.prompts.images=4"))
 
 
+def test_a_run_from_before_settings_goes_on_at_their_defaults(open_session: Any) -> None:
+    session = open_session()
+    make_pairs(session)
+    erase(session)
+    attack(session)
+    folder = session.dir.path
+    attacked = [folder / "attack" / "inversion" / model / "manifest.json" for model in ("original", "erased")]
+    for path in (folder / "run.json", folder / "erase" / "manifest.json", *attacked):
+        record = json.loads(path.read_text())
+        table = record.get("config", record.get("recipe"))
+        table.get("method", {}).pop("size", None)
+        for row in (table.get("attack", {}), *table.get("attacks", ())):
+            if row.get("name") == "learned_word":
+                assert row.pop("steps") == LearnedWord().steps
+        path.write_text(json.dumps(record, indent=2) + "\n")
+    with pytest.raises(UserError, match=r"recipe\.method\.size = null, not 0\.25"):
+        attack(open_session("run", "method.size=0.25"))
+    delta = (folder / "erase" / "delta.safetensors").stat().st_mtime_ns
+    score(open_session())
+    assert (folder / "erase" / "delta.safetensors").stat().st_mtime_ns == delta
+    assert rundir.read_json(folder / "run.json")["recipe"]["method"] == {"name": "nudge", "size": 0.5}
+
+
 # --- pairs ------------------------------------------------------------------------------------------
 
 

@@ -212,6 +212,14 @@ def test_checkpoints_of_other_settings_are_refused(tmp_path: Path) -> None:
         run(Quadratic(), tmp_path, record={"beta": 3.0, "targets": ["a"], "rank": 4})
 
 
+def test_checkpoints_from_before_a_setting_are_gone_on_with_at_its_default(tmp_path: Path) -> None:
+    run(Quadratic(), tmp_path, steps=4)
+    later = {"beta": 2.0, "targets": ["a"], "rank": 4}
+    with pytest.raises(UserError, match="made with another rank;"):
+        run(Quadratic(), tmp_path, record=later, defaults={"rank": 8})
+    assert len(run(Quadratic(), tmp_path, record=later, defaults={"rank": 4, "unknown": 1})) == 16
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
     run(Quadratic(), tmp_path, steps=8)
     newest = tmp_path / "checkpoint-0000008.safetensors"

@@ -22,6 +22,7 @@ from duo.bases import check_base, remembered
 from duo.checkpoint import read_tensors, write_tensors
 from duo.errors import UserError
 from duo.plugins import Family, Run
+from duo.rundir import check_schema
 
 SCHEMA = 1
 KINDS = ("lora", "weights", "gated")
@@ -66,6 +67,8 @@ class Delta:
         """Read a file of `save`; a `UserError` where it is none, or holds what is no change of weights."""
         tensors, record = read_tensors(path, todo="give a file that `duo erase` wrote")
         components = {name.partition(".")[0] for name in tensors}
+        if "kind" in record:
+            check_schema(path, record, SCHEMA, otherwise="")
         known = record.get("schema") == SCHEMA and record.get("kind") in KINDS
         if not known or len(components) != 1 or not components <= {*COMPONENTS}:
             raise UserError(f"{path} is not a delta that this version of duo wrote; give one, or the folder of a run")

@@ -129,6 +129,13 @@ def as_said(value: Any) -> Any:
     return as_table(value)
 
 
+def at_default(value: Any) -> dict[str, Any]:
+    """Of the table of a dataclass the fields that have their defaults: what a record from before there were such fields
+    may lack. A later field's default has to mean what was done without it."""
+    fields = dataclasses.fields(value)
+    return {field.name: as_table(_default(field)) for field in fields if getattr(value, field.name) == _default(field)}
+
+
 def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 

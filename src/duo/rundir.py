@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-SCHEMA = 1
+OTHER_OUT = ", or start anew with another --out"
+SCHEMA = 1  # of run.json and of the manifests, which speak for the other records of their folders too
 SCORED = ("scores.json", "verdicts.jsonl")  # what the report reads of the score stage
 # Running a finished stage again writes nothing: this is how its files are made anew.
 _ANEW = "remove {} and the folders of the stages after it, and go on with `duo run … --resume`"
@@ -107,14 +108,26 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path, *, todo: str = "restore it, or start anew with another --out", finite: bool = True) -> Any:
     """The value in a JSON file of a run, or a `UserError` that names the file and, of a broken one, what is `todo`.
 
-    Not `finite`: as for `duo.foreign.json_value`.
+    Not `finite`: as for `duo.foreign.json_value`. A `run.json` or manifest must be of a schema that is known here.
     """
     try:
-        return json_value(read_text(path), table=partial(Table, path), finite=finite)
+        value = json_value(read_text(path), table=partial(Table, path), finite=finite)
     except FileNotFoundError:
         raise UserError(f"{path} is missing; run the stage that writes it") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); {todo}") from error
+    if path.name in (RUN, MANIFEST, PARTIAL) and isinstance(value, Table):
+        check_schema(path, value)
+    return value
+
+
+def check_schema(path: Path, record: Mapping[str, Any], known: int = SCHEMA, *, otherwise: str = OTHER_OUT) -> None:
+    """Raise `UserError` where a record says that it is of another schema than the one that is `known` here."""
+    told = record.get("schema", known)
+    if told != known or isinstance(told, bool):
+        raise UserError(
+            f"{path}: schema {_short(told)} is not known here, only {known}; use the duo that wrote it{otherwise}"
+        )
 
 
 class Table(dict[str, Any]):
@@ -288,10 +301,15 @@ def _line(row: Mapping[str, Any]) -> str:
 
 DELTA = "delta.safetensors"  # in the folder of the erase stage
 RUN = "run.json"  # in every run folder
+MANIFEST, PARTIAL = "manifest.json", "partial.json"  # in every stage's
 BLOCKS = "blocks"  # in the folder of a stage that is cut into such, until it is finished
 
 
 # --- stages -------------------------------------------------------------------------------------
+
+
+# Of leaves, by name, the settings that are at their defaults: a record from before there were such may lack them.
+Defaults = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -299,16 +317,17 @@ class Stage:
     """One stage's folder within a run."""
 
     folder: Path
+    defaults: Defaults = field(default_factory=dict)
 
     @property
     def manifest(self) -> Path:
         """Written last: a stage is finished if and only if it is there."""
-        return self.folder / "manifest.json"
+        return self.folder / MANIFEST
 
     @property
     def partial(self) -> Path:
         """Written first, and removed at the end."""
-        return self.folder / "partial.json"
+        return self.folder / PARTIAL
 
     @property
     def finished(self) -> bool:
@@ -417,7 +436,7 @@ class Stage:
     def _same(self, config: Mapping[str, Any], may_rise: Sequence[str] = ()) -> None:
         found = read_table(self.manifest if self.finished else self.partial, "config")["config"]
         new = json.loads(json.dumps(config))
-        difference = _difference(_raised(found, new, may_rise), new)
+        difference = _difference(_raised(_filled(found, new, self.defaults), new, may_rise), new)
         if difference:
             raise UserError(
                 f"{self.folder} was made with {difference}; give that again, name another --out, or remove the folder "
@@ -511,6 +530,19 @@ def _difference(old: Any, new: Any, where: str = "") -> str | None:
     return None if old == new else f"{where} = {_short(old)}, not {_short(new)}"
 
 
+def _filled(old: Any, new: Any, defaults: Defaults) -> Any:
+    """`old` with what its tables of leaves lack, in tables of the same name in `new`, at whatever depth."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [_filled(before, now, defaults) for before, now in zip(old, new, strict=True)]
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return old
+    leaf = new.get("name")
+    known = defaults.get(leaf, {}) if isinstance(leaf, str) and old.get("name") == leaf else {}
+    filled = {name: _filled(value, new.get(name), defaults) for name, value in old.items()}
+    later = {name: value for name, value in new.items() if name not in old and name in known}
+    return filled | {name: value for name, value in later.items() if json.loads(json.dumps(known[name])) == value}
+
+
 def _raised(old: Any, new: Any, fields: Sequence[str]) -> Any:
     """`old` with those `fields` ("table.name") taken from `new` that are larger numbers there."""
     for field_name in fields:
@@ -546,6 +578,7 @@ class RunDir:
     """One run's folder."""
 
     path: Path
+    defaults: Defaults = field(default_factory=dict)
 
     def require(self) -> None:
         """Raise a `UserError` where this is not the folder of a run."""
@@ -556,7 +589,7 @@ class RunDir:
 
     def stage(self, *parts: str) -> Stage:
         """The stage at `pairs`, `erase`, `attack/<row>/<model>` or `score`."""
-        return Stage(self.path.joinpath(*parts))
+        return Stage(self.path.joinpath(*parts), self.defaults)
 
     def erasure(self) -> tuple[Path, str]:
         """The file of the finished erasure and the digest that its stage recorded, which the file must still have.
@@ -628,7 +661,8 @@ class RunDir:
         """
         path = self.path / RUN
         new = json.loads(json.dumps({"schema": SCHEMA, **record}))
-        old = read_table(path, "recipe") if path.exists() else new
+        found = read_table(path, "recipe") if path.exists() else new
+        old = {**found, "recipe": _filled(found["recipe"], new["recipe"], self.defaults)}
         kept = [field for stage, names in fixed.items() if self.stage(stage).begun for field in names]
         for where, before, now, keys in (
             ("", old, new, ("versions", "world_digest")),
@@ -641,7 +675,7 @@ class RunDir:
                         f"{path} has {difference}; go back to that, name another --out, or remove the folders of the "
                         "stages that used it"
                     )
-        if not path.exists() or old != new:
+        if not path.exists() or found != new:
             write_json(path, new)
 
     @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from transformers import get_scheduler
 from duo import parallel
 from duo.checkpoint import load_training_state, read_tensors, save_training_state
 from duo.errors import DivergedError, UserError
+from duo.fields import at_default
 from duo.plugins import Run
 from duo.precision import adamw
 
@@ -193,6 +194,7 @@ def fit(
     lr_num_cycles: int = 1,
     optimizer_8bit: bool = False,
     shared: bool = True,
+    defaults: Mapping[str, Any] | None = None,
 ) -> Iterator[Step]:
     """Minimise `loss` with AdamW (β 0.9 and 0.999) at a rate by one of transformers' schedules; yield each step taken.
 
@@ -203,12 +205,13 @@ def fit(
 
     Every `checkpointing_steps`, and at the end, the state goes to `folder`, once the step was taken up by the caller,
     who may log it: no log lacks a step that a checkpoint has. The last two are kept and a run starts from the newest.
-    `record` (JSON values) is kept with it: a run with another one is refused. A loss or gradient that is not finite
-    stops the run before it touches the parameters, and parameters that are not finite before they are kept.
+    `record` (JSON values) is kept with it: a run with another one is refused, a field that a checkpoint lacks being
+    taken from `defaults`. A loss or gradient that is not finite stops the run before it touches the parameters, and
+    parameters that are not finite before they are kept.
     """
     optimizer = adamw(parameters, learning_rate=learning_rate, weight_decay=weight_decay, eight_bit=optimizer_8bit)
     generator = torch.Generator().manual_seed(seed)
-    start = _resume(folder, parameters, optimizer, generator, record)
+    start = _resume(folder, parameters, optimizer, generator, record, defaults or {})
     if start > steps:
         raise UserError(f"{folder} holds a checkpoint of step {start}, which is beyond step {steps}; name a new --out")
     # Only the factor is taken from there: as a function of the step it needs no state of its own in a checkpoint.
@@ -334,6 +337,7 @@ def steps_of(
         folder=run.folder / folder,
         checkpointing_steps=settings.checkpointing_steps,
         record=record,
+        defaults=at_default(settings) if is_dataclass(settings) else None,
         shared=shared,
     )
 
@@ -402,6 +406,7 @@ def _resume(
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
     record: Mapping[str, Any],
+    defaults: Mapping[str, Any],
 ) -> int:
     """Load the newest checkpoint, if there is one, and return its step."""
     found = _checkpoints(folder)
@@ -410,8 +415,9 @@ def _resume(
     newest, todo = found[-1], "delete it to go on from the one before, or from the start"
     kept = read_tensors(newest, todo=todo)[1].get("run")
     before = kept if isinstance(kept, dict) else {}
-    if before != dict(record):
-        changed = sorted(key for key in {*before, *record} if before.get(key) != record.get(key))
+    if before:  # a checkpoint from before there were such fields lacks them
+        before = {name: value for name, value in defaults.items() if name in record} | before
+    if changed := sorted(key for key in {*before, *record} if before.get(key) != record.get(key)):
         raise UserError(f"{newest} was made with another {', '.join(changed)}; name a new --out or undo the change")
     try:
         step, _ = load_training_state(newest, modules={"adapter": parameters}, optimizer=optimizer, generator=generator)

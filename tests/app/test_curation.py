@@ -32,6 +32,14 @@ def test_the_folder_of_a_runs_pairs_stands_for_the_run(place: Place, own_folder:
     assert Place.at(own_folder) == Place(name=str(own_folder), run=None, pairs=own_folder)
 
 
+@pytest.mark.parametrize("name", ["run.json", "pairs/manifest.json"])
+def test_a_run_of_another_schema_is_no_place(with_pairs: Any, name: str) -> None:
+    path = with_pairs.dir.path / name
+    path.write_text(json.dumps(rundir.read_json(path) | {"schema": 2}))
+    with pytest.raises(UserError, match=rf"{name}: schema 2 is not known here, only 1"):
+        Place.at(with_pairs.dir.path)
+
+
 def test_what_is_no_place_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: Place) -> None:
     with pytest.raises(UserError, match="is neither a run nor a folder with unsafe/ and safe/"):
         Place.at(tmp_path)

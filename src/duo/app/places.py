@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from duo import rundir
 from duo.errors import UserError
 from duo.foreign import refuse_strays
 from duo.pairs import SIDES
@@ -31,6 +32,9 @@ class Place:
             refuse_strays(path)
         if _is_run(path):
             made = path / "pairs"
+            for record in (path / rundir.RUN, made / rundir.MANIFEST):
+                if record.is_file():
+                    rundir.read_json(record)  # one of a later version of duo is not to be written to
             return cls(name=str(path), run=RunDir(path), pairs=made if made.is_dir() else None)
         if all((path / side).is_dir() for side in SIDES):
             return cls(name=str(path), run=None, pairs=path)

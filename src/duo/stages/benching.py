@@ -131,6 +131,7 @@ def _finished(unit: Unit, results: Path) -> bool:
         path = results / cell
         if path.exists():
             found = rundir.read_json(path, todo=ANEW)
+            _known(path, found)
             if not isinstance(found, dict) or found.get("config") != _config(unit, cell):
                 raise UserError(
                     f"{path} is of other settings than bench {unit.bench!r} has now; remove it to have it made anew, "
@@ -163,10 +164,20 @@ def run(grid: Grid, *, out: Path, results: Path, device: str, engine: Engine, on
     return write_tradeoff(results, results)
 
 
+def _known(path: Path, found: object) -> None:
+    """Raise `UserError` where a file of the results says that it is of another schema."""
+    if isinstance(found, dict):
+        rundir.check_schema(path, found, SCHEMA, otherwise=", or name another folder for the results")
+
+
 def _same_bench(grid: Grid, results: Path) -> None:
     """Raise `UserError` where the results are another bench's: its `bench.json` is not to be written over."""
     path = results / "bench.json"
-    if path.exists() and read_object(path, todo=ANEW).text("name") != grid.bench.name:
+    if not path.exists():
+        return
+    found = read_object(path, todo=ANEW)
+    _known(path, found.data)
+    if found.text("name") != grid.bench.name:
         raise UserError(f"{path} is of another bench than {grid.bench.name!r}; name another folder for the results")
 
 

@@ -179,7 +179,8 @@ class _Search:
         known = []
         for manifest in sorted(self._folder().glob(f"{self.field}-*/manifest.json")):
             trial = build(Trial, rundir.read_table(manifest, "trial")["trial"], f"{manifest}: trial")
-            Stage(manifest.parent).require("erase", self._config(self.trial(trial.value)))
+            tried = self.trial(trial.value)
+            Stage(manifest.parent, tried.dir.defaults).require("erase", self._config(tried))
             known.append(trial)
         return known
 
@@ -205,6 +206,7 @@ class _Search:
         """Raise `UserError` where the run has an erasure already that is not what this search chose."""
         stage, table = self.session.dir.stage("erase"), self._folder() / TABLE
         found = rundir.read_json(table) if stage.begun and table.exists() else {}
+        rundir.check_schema(table, found, SCHEMA)
         same = found.get("asked") == as_table(self.asked) and found.get("field") == self.field
         if stage.begun and not (same and found.get("chosen") is not None):
             raise UserError(
@@ -261,7 +263,7 @@ class _Search:
         """The trial at one value, which is made or gone on with."""
         known, unrelated = self._original
         trial = self.trial(value, model=self.session.model)
-        stage = Stage(trial.dir.path)
+        stage = trial.dir.stage()
         stage.begin(self._config(trial))
         parallel.once(lambda: self._lend(trial))
         try:
@@ -287,7 +289,7 @@ class _Search:
         Raises `UserError` where a row does not bring the concept out of it: a low rate would say nothing then.
         """
         one = self.trial(self.start, folder=ORIGINAL, model=self.session.model)
-        stage = Stage(one.dir.path)
+        stage = one.dir.stage()
         begun = stage.begin(self._config(one, ORIGINAL))
         attack(one, models=[ORIGINAL])
         with one.at_work("score"):

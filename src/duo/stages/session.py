@@ -19,7 +19,7 @@ from duo.artefacts import find_artefact
 from duo.concept import Concept, NearMiss, load_concept
 from duo.delta import Delta
 from duo.errors import Problems, UserError, did_you_mean
-from duo.fields import LeafConfig, as_table, build_fields
+from duo.fields import LeafConfig, as_table, at_default, build_fields
 from duo.models import EMBEDDED, load_family, usable_device, written_out
 from duo.pairs import ENDINGS
 from duo.plugins import Access, Family, Judge, Metric, Precision
@@ -61,7 +61,6 @@ class Session:
         model: Family | None = None,
         command: str = 'duo.run(duo.Session(recipe, Path("runs/again")))',
     ) -> None:
-        self.dir = RunDir(out)
         self.command = command
         self.device = usable_device(parallel.start(str(device)))
         self._model = model
@@ -76,6 +75,7 @@ class Session:
         self.attacks = {row.row: row.make() for row in recipe.attacks}
         self.hardening = {row.row: row.make("hardening") for row in _hardening_rows(recipe)}
         self.recipe = _resolved(recipe, self.concept, self.method, self.attacks, self.hardening)
+        self.dir = RunDir(out, self._defaults(recipe))
         which = "curator" if recipe.validation else "judge"  # who decides in scores must not decide what is scored
         self.judge_config: LeafConfig = getattr(self.concept, which)
         missing = Problems()  # networks that judges and metrics lack, told together
@@ -126,6 +126,16 @@ class Session:
         )
         prepare_denoiser(model, precision)
         return model
+
+    def _defaults(self, recipe: Recipe) -> dict[str, dict[str, Any]]:
+        """Of the method and the attacks, by name, the settings that are at their defaults."""
+        made = [] if recipe.method is None else [(recipe.method.name, self.method)]
+        made += [(row.name, self.attacks[row.row]) for row in recipe.attacks]
+        made += [(row.name, self.hardening[row.row]) for row in _hardening_rows(recipe)]
+        found: dict[str, dict[str, Any]] = {}
+        for name, leaf in made:
+            found[name] = found.get(name, {}) | at_default(leaf)
+        return found
 
     @property
     def models(self) -> tuple[str, ...]:
