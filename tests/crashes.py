@@ -391,7 +391,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--full", type=int, default=10)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--only")
+    parser.add_argument("--log", type=Path, help="a file for what was counted, as JSON")
     given = parser.parse_args(arguments)
+    began = time.monotonic()
     torch.set_num_threads(1)
     write_recipes(given.folder, given.model)
     model = load_family(given.model)
@@ -424,6 +426,12 @@ def main(arguments: list[str]) -> int:
         f"compared with those of runs that nothing befell, {total['finished']} files of finished stages looked after: "
         f"{len(problems)} lost, made again or different"
     )
+    if given.log:
+        names = {"killed": "kills", "SIGTERM": "SIGTERM", "SIGINT": "SIGINT", "disk full": "full_disks", "runs": "runs"}
+        counts = {told: total[name] for name, told in names.items()}
+        counts |= {"files_compared": total["compared"], "finished_files_watched": total["finished"]}
+        record = {"seed": given.seed, **counts, "lost_or_different": len(problems), "problems": problems}
+        given.log.write_text(json.dumps({**record, "seconds": round(time.monotonic() - began)}) + "\n")
     return 1 if problems else 0
 
 
