@@ -127,6 +127,7 @@ class Fate:
 
     def arm(self) -> None:
         """Watch this process, for good: it must be a child that does nothing else."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are born to ignore
         sys.addaudithook(self._look)
         write_bytes, write, save = Path.write_bytes, os.write, checkpoint.save_file
 
@@ -355,7 +356,9 @@ class Campaign:
         if kind == "time":
             return Fate(self.out, "kill", seconds=self.rng.uniform(0.0, self.seconds / 10))
         at = 1 + int(self.rng.random() * self.operations / 12)
-        asked = self.rng.choice([signal.SIGTERM, signal.SIGINT]) if kind == "stop" else signal.SIGKILL
+        asked = signal.SIGKILL
+        if kind == "stop":  # in turn, so that there is as much of the one as of the other
+            asked = signal.SIGINT if self.counts["SIGINT"] < self.counts["SIGTERM"] else signal.SIGTERM
         return Fate(self.out, kind, at=at, signal=asked)
 
     def _try(self, fate: Fate) -> Ended:

@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PARTS = ("crashes", "hostile")
-NOTHING_LEFT = 5  # what pytest ends with where every test was left out
+NOTHING_LEFT, STOPPED = 5, 130  # what pytest ends with where every test was left out, and what Ctrl-C ends with
 
 
 def crashes(seed: int) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def crashes(seed: int) -> dict[str, Any]:
         log = Path(folder) / "counts.json"
         pytest("-s", str(HERE / "torture_crashes.py"), TORTURE_SEED=str(seed), TORTURE_LOG=str(log))
         found = json.loads(log.read_text()) if log.exists() else {"problems": ["it did not end"]}
-    return {"passed": not found["problems"], **found}
+    return {**found, "passed": not found["problems"], "ended": "seed" in found}
 
 
 def hostile(seed: int, *, cases: int, log: Path, processes: str) -> dict[str, Any]:
@@ -38,7 +38,15 @@ def hostile(seed: int, *, cases: int, log: Path, processes: str) -> dict[str, An
     log.parent.mkdir(parents=True, exist_ok=True)
     shared = ["-n", processes, "--maxprocesses", "4"] if processes != "0" else []
     environment = {"DUO_HOSTILE_CASES": str(cases), "DUO_HOSTILE_LOG": str(log)}
-    code = pytest(*shared, f"--hypothesis-seed={seed}", str(HERE / "hostile"), **environment)
+    try:
+        code = pytest(*shared, f"--hypothesis-seed={seed}", str(HERE / "hostile"), **environment)
+    except KeyboardInterrupt:
+        code = STOPPED
+    return {**counted(log, cases=cases), "ended": code in (0, 1, NOTHING_LEFT), "seed": seed}
+
+
+def counted(log: Path, *, cases: int) -> dict[str, Any]:
+    """What the log says of the code that its last line is of."""
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     last = {row["test"]: row for row in rows if rows and (row["code"], row["wanted"]) == (rows[-1]["code"], cases)}
     tried: Counter[str] = Counter()
@@ -46,8 +54,7 @@ def hostile(seed: int, *, cases: int, log: Path, processes: str) -> dict[str, An
         tried.update(row["cases"])
     failed = sorted(name for name, row in last.items() if not row["passed"])
     return {
-        "passed": code in (0, NOTHING_LEFT) and not failed,
-        "seed": seed,
+        "passed": not failed,
         "cases": sum(tried.values()),
         "of": dict(sorted(tried.items())),
         "tests": len(last),
@@ -99,7 +106,7 @@ def main(arguments: list[str]) -> int:
         results[part] = {**found, **where}
         given.results.parent.mkdir(parents=True, exist_ok=True)
         given.results.write_text(json.dumps(dict(sorted(results.items())), indent=2, ensure_ascii=False) + "\n")
-    return 0 if all(results[part]["passed"] for part in given.parts) else 1
+    return 0 if all(results[part]["passed"] and results[part]["ended"] for part in given.parts) else 1
 
 
 if __name__ == "__main__":
