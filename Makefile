@@ -3,7 +3,8 @@
 # make check   the same without the set-up: for a working tree that is installed
 #              (where runs/demo is of other settings or versions it stops and says so: `make clean`, then again)
 # make torture the long forms: runs that are killed a hundred times end with the same bytes, and 100,000 hostile files (an hour or so).
-#              With TORTURE_SEED=N they are killed at the same operations again
+#              With TORTURE_SEED=N they are killed at the same operations again. What they counted goes to docs/results/torture.json; hostile files
+#              that were stopped are gone on with by the same command (runs/torture)
 # make tune    search the demo's values again (hours)
 # make results make the published numbers again but for those that docs/results.md lists (hours)
 # make figure4 the trade-off of every method on the embedded model, on all cores (hours). Cells that are finished in docs/results are kept; with
@@ -47,8 +48,7 @@ check:
 	$(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 torture: .venv/installed-test
-	$(BIN)/pytest -q -s tests/torture_*.py
-	DUO_HOSTILE_CASES=100000 $(BIN)/pytest -q -n auto --maxprocesses 4 tests/hostile
+	$(BIN)/python tests/torture.py
 
 tune: .venv/installed
 	$(BIN)/python benchmarks/tune.py --out runs/tune

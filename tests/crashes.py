@@ -127,6 +127,7 @@ class Fate:
 
     def arm(self) -> None:
         """Watch this process, for good: it must be a child that does nothing else."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs are born to ignore
         sys.addaudithook(self._look)
         write_bytes, write, save = Path.write_bytes, os.write, checkpoint.save_file
 
@@ -355,7 +356,9 @@ class Campaign:
         if kind == "time":
             return Fate(self.out, "kill", seconds=self.rng.uniform(0.0, self.seconds / 10))
         at = 1 + int(self.rng.random() * self.operations / 12)
-        asked = self.rng.choice([signal.SIGTERM, signal.SIGINT]) if kind == "stop" else signal.SIGKILL
+        asked = signal.SIGKILL
+        if kind == "stop":  # in turn, so that there is as much of the one as of the other
+            asked = signal.SIGINT if self.counts["SIGINT"] < self.counts["SIGTERM"] else signal.SIGTERM
         return Fate(self.out, kind, at=at, signal=asked)
 
     def _try(self, fate: Fate) -> Ended:
@@ -391,7 +394,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--full", type=int, default=10)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--only")
+    parser.add_argument("--log", type=Path, help="a file for what was counted, as JSON")
     given = parser.parse_args(arguments)
+    began = time.monotonic()
     torch.set_num_threads(1)
     write_recipes(given.folder, given.model)
     model = load_family(given.model)
@@ -424,6 +429,12 @@ def main(arguments: list[str]) -> int:
         f"compared with those of runs that nothing befell, {total['finished']} files of finished stages looked after: "
         f"{len(problems)} lost, made again or different"
     )
+    if given.log:
+        names = {"killed": "kills", "SIGTERM": "SIGTERM", "SIGINT": "SIGINT", "disk full": "full_disks", "runs": "runs"}
+        counts = {told: total[name] for name, told in names.items()}
+        counts |= {"files_compared": total["compared"], "finished_files_watched": total["finished"]}
+        record = {"seed": given.seed, **counts, "lost_or_different": len(problems), "problems": problems}
+        given.log.write_text(json.dumps({**record, "seconds": round(time.monotonic() - began)}) + "\n")
     return 1 if problems else 0
 
 

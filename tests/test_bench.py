@@ -446,3 +446,24 @@ def test_an_outlook_tells_hours_by_the_times_of_pieces_alike(grid: Grid, tmp_pat
         f"{results / 'timings.jsonl'}; 11 pieces are like none there, and not in it",
         "0 of 12 cells are finished; 17 pieces of work are left",
     ]
+
+
+def test_a_bench_that_is_killed_between_a_cell_and_the_end_of_its_unit_lacks_nothing(
+    grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A unit whose cells are there is not begun again: what says that its folder is whole must be there before them."""
+    every = benching.units(grid)
+    out = tmp_path / "out"
+    cells = {out / "results" / cell: name for name, unit in every.items() for cell in unit.cells}
+    written: list[Path] = []
+    write_json = rundir.write_json
+
+    def writing(path: Path, value: object) -> None:
+        if path in cells:
+            assert (out / "work" / cells[path] / "done").exists()
+            written.append(path)
+        write_json(path, value)
+
+    monkeypatch.setattr(rundir, "write_json", writing)
+    make(grid, out)
+    assert set(written) == set(cells)

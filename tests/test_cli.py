@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -259,3 +260,21 @@ def test_the_sources_of_pairs_in_a_recipe_are_from_its_folder(recipe: Path) -> N
         load_recipe(recipe, overrides=["pairs.unsafe=a", "pairs.safe=b"])
     with pytest.raises(UserError, match="unsafe and safe are two folders"):
         load_recipe(recipe, overrides=["pairs.unsafe=a"])
+
+
+def test_what_nobody_reads_any_more_ends_without_a_word() -> None:
+    """As in `duo list recipes | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "duo", "list", "recipes"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_full_disk_that_takes_what_is_printed_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "duo", "list", "recipes"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("duo: the disk: No space left on device") and done.stderr.count("\n") == 1

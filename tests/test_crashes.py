@@ -29,6 +29,6 @@ def test_a_run_that_is_killed_stopped_or_without_room_ends_with_the_same_bytes(
     told = re.search(r"(\d+) kills survived, (\d+) stops and (\d+) full disks .* (\d+) files compared", done.stdout)
     assert told is not None
     kills, stops, full, files = map(int, told.groups())
-    assert (kills, stops, full) == (3, 2, 2)
+    assert (kills, stops, full) == (3, 2, 2) and "1 × SIGINT" in done.stdout and "1 × SIGTERM" in done.stdout
     assert files > 60
     assert "looked after: 0 lost, made again or different" in done.stdout

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from duo.concept import concept_names, load_concept
 from duo.errors import UserError
-from duo.refusal import is_sexual, minor_inside, minor_mentioned, words_of
+from duo.refusal import is_sexual, minor_inside, minor_mentioned, refused, words_of
 
 CONCEPT = """
 title = "Bareness"
@@ -230,3 +231,11 @@ def test_other_concepts_may(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", concept_names())
 def test_only_nudity_is_sexual_of_what_is_shipped(name: str) -> None:
     assert load_concept(name).adults_only == (name == "nudity")
+
+
+@pytest.mark.parametrize("part", ["a ", "a$", "g-1-r ", "1 ", "e\u0301 ", "aged at "])
+def test_a_text_of_any_length_is_read_in_a_time_that_grows_with_it(part: str) -> None:
+    """Runs of single letters took a minute for a million characters."""
+    text, began = part * (100_000 // len(part)), time.process_time()
+    assert refused(text, adults_only=True, vetted=frozenset()) is None
+    assert time.process_time() - began < 3

@@ -11,9 +11,10 @@ KILLS, STOPS, FULL = 100, 16, 16
 
 
 def test_a_hundred_kills(tiny_folder: Path, tmp_path: Path) -> None:
-    """What it counts is printed (`pytest -s`). TORTURE_SEED in the environment makes the same moments again."""
+    """What it counts is printed (`pytest -s`). TORTURE_SEED in the environment makes the same moments again, and
+    TORTURE_LOG names a file for the counts."""
     wanted = ["--kills", str(KILLS), "--stops", str(STOPS), "--full", str(FULL)]
-    seed = os.environ.get("TORTURE_SEED")
+    seed, log = os.environ.get("TORTURE_SEED"), os.environ.get("TORTURE_LOG")
     done = subprocess.run(
         [
             sys.executable,
@@ -22,6 +23,7 @@ def test_a_hundred_kills(tiny_folder: Path, tmp_path: Path) -> None:
             str(tiny_folder),
             *wanted,
             *(["--seed", seed] if seed else []),
+            *(["--log", log] if log else []),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -19,7 +19,7 @@ from duo.errors import UserError
 from duo.flags import parser_for
 from duo.terminal import message, printable
 
-MISUSE, INTERRUPTED, TERMINATED = 2, 130, 143
+MISUSE, INTERRUPTED, UNHEARD, TERMINATED = 2, 130, 141, 143
 SHARED_VERBS = ("run", "pairs", "erase", "attack", "score")  # the work of which several processes share
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO)
 PATH_ERRORS = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP)
@@ -28,7 +28,7 @@ MEMORY_ERRORS = ("out of memory", "can't allocate memory")  # as torch tells the
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for what the user can mend, 130 where it was interrupted (Ctrl-C),
-    143 where it was terminated (SIGTERM).
+    141 where nobody reads what it prints any more (`duo … | head`), 143 where it was terminated (SIGTERM).
 
     `duo check` returns 1 where a bound does not hold.
 
@@ -74,10 +74,15 @@ def _main(arguments: list[str]) -> int:
     try:
         with _terminable():
             given = parser_for(arguments).parse_args(arguments)
-            return given.verb(given) or 0
+            code = given.verb(given) or 0
+            sys.stdout.flush()  # here, where a pipe that nobody reads, or a full disk, is still told
+            return code
     except UserError as error:
         _tell(f"duo: {message(error)}")
         return MISUSE
+    except BrokenPipeError:
+        _unheard()
+        return UNHEARD
     except OSError as error:
         if error.errno not in DISK_ERRORS + PATH_ERRORS:
             raise
@@ -103,6 +108,15 @@ def _tell(text: str) -> None:
     """Print what went wrong, unless another process has, and so stop the others."""
     if parallel.stop():
         print(text, file=sys.stderr)
+
+
+def _unheard() -> None:
+    """Stop the other processes, and let the interpreter find nothing left to print as it ends."""
+    parallel.stop()
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
 
 
 def _again(arguments: Sequence[str]) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum
-from importlib.metadata import entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -418,7 +419,7 @@ def names(kind: str) -> list[str]:
         raise ValueError(f"no such kind of plugin: {kind}")
     folder = Path(__file__).parent / kind
     own = {module.name for module in pkgutil.iter_modules([str(folder)]) if not module.name.startswith("_")}
-    return sorted(own | {point.name for point in entry_points(group=f"duo.{kind}")})
+    return sorted(own | {point.name for point in _points(entry_points, kind)})
 
 
 def load(kind: str, name: str) -> type:
@@ -426,8 +427,14 @@ def load(kind: str, name: str) -> type:
     if name not in names(kind):
         singular = {"families": "family"}.get(kind, kind.removesuffix("s"))
         raise UserError(f"no {singular} is called {name!r}{did_you_mean(name, names(kind))}")
-    for point in entry_points(group=f"duo.{kind}"):
+    for point in _points(entry_points, kind):
         if point.name == name:
             return point.load()  # type: ignore[no-any-return]
     module = importlib.import_module(f"duo.{kind}.{name}")
     return getattr(module, "".join(part.capitalize() for part in name.split("_")))  # type: ignore[no-any-return]
+
+
+@lru_cache
+def _points(find: Callable[..., Iterable[EntryPoint]], kind: str) -> tuple[EntryPoint, ...]:
+    """The entry points of a kind. Finding them reads every installed package, and a recipe asks dozens of times."""
+    return tuple(find(group=f"duo.{kind}"))

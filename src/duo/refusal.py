@@ -34,7 +34,6 @@ def _listed(table: Mapping[str, Any]) -> Listed:
 
 
 _MINORS, _SEXUAL = _listed(_DATA["minors"]), _listed(_DATA["sexual"])
-_LONGEST = max(map(len, [*_DATA["minors"]["words"], *_DATA["sexual"]["words"]]))
 _INSIDE = re.compile(
     "|".join(
         sorted(
@@ -53,6 +52,12 @@ _FIGURES: dict[str, str] = _DATA["disguises"]["figures"]
 _READ_AS = [  # one table for each way to read the figures
     str.maketrans({figure: letters[min(way, len(letters) - 1)] for figure, letters in _FIGURES.items()})
     for way in range(max(map(len, _FIGURES.values())))
+]
+_IN_A_RUN = [  # at every place of a run of single letters the longest listed word, one pattern for each list
+    re.compile(
+        f"(?=({'|'.join(sorted((one for one in words if len(one) >= SHORTEST_SPELLED), key=len, reverse=True))}))"
+    )
+    for words in (_DATA["minors"]["words"], _DATA["sexual"]["words"])
 ]
 _WORD = re.compile(r"[^\W\d_]+|\d+")
 _ANY_FIGURE = f"[{re.escape(''.join(_FIGURES))}]"
@@ -195,13 +200,8 @@ def _disguised(plain: str) -> Iterator[Words]:
         single = "".join(_MARKED.findall(run))
         if 2 * sum(letter.isalpha() for letter in single) < len(single):
             continue
-        for table in _READ_AS:
-            spelled = single.translate(table)
-            yield tuple(
-                spelled[start:stop]
-                for start in range(len(spelled))
-                for stop in range(start + SHORTEST_SPELLED, min(start + _LONGEST, len(spelled)) + 1)
-            )
+        for spelled in dict.fromkeys(single.translate(table) for table in _READ_AS):
+            yield tuple(found[1] for pattern in _IN_A_RUN for found in pattern.finditer(spelled))
 
 
 def _mixed(word: str) -> bool:

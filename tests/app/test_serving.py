@@ -123,6 +123,11 @@ def test_where_it_cannot_listen_is_told(own_folder: Path, capsys: pytest.Capture
         ({"host": "127.0.0.1:7860", "origin": "https://evil.example"}, True),
         ({"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:8000"}, True),
         ({"host": "127.0.0.1:7860", "origin": "null"}, True),
+        ({"host": "127.0.0.1:7860", "sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}, False),
+        ({"host": "127.0.0.1:7860", "sec-fetch-site": "none", "sec-fetch-mode": "navigate"}, False),
+        ({"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, False),  # a link
+        ({"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, True),  # a picture
+        ({"host": "127.0.0.1:7860", "sec-fetch-site": "same-site", "sec-fetch-mode": "no-cors"}, True),  # another port
     ],
 )
 def test_requests_of_other_sites_are_refused(headers: dict[str, str], refused: bool) -> None:

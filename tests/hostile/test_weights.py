@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from damage import CHANGES, CUTS, changed, cut, json_bytes
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from ordeal import cases, endure
 from safetensors.torch import save_file
@@ -323,6 +323,7 @@ def put_together(kind: str, source: Path, make_tiny_pipeline: Any) -> None:
 
 
 @cases("LoRA")
+@example("diffusers", ("shape", "flat"))
 @given(st.sampled_from(("diffusers", "kohya")), NAMES)
 def test_a_lora_is_put_in_or_refused(folder: Path, files: Any, make_tiny_pipeline: Any, kind: str, damage: Any) -> None:
     path = folder / "lora.safetensors"

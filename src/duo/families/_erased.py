@@ -165,7 +165,8 @@ def _checked_layers(
         down, up = (tensors.get(f"{layer}.lora_{one}.weight") for one in "AB")
         if down is None or up is None:
             raise UserError(f"{name} holds {part}.{key} without its other half; download it again")
-        fits = (up.shape[0], down.shape[1]) == tuple(weight.shape[:2]) and up.shape[1] == down.shape[0]
+        fits = down.dim() >= 2 <= up.dim() and (up.shape[0], down.shape[1]) == tuple(weight.shape[:2])
+        fits = fits and up.shape[1] == down.shape[0]
         if not fits:
             raise UserError(
                 f"{name}: the LoRA of {part}.{layer} is {tuple(up.shape)} by {tuple(down.shape)}, and the layer of "

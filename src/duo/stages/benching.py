@@ -242,7 +242,8 @@ def _shown(cell: Path) -> str:
 
 
 def work(unit: Unit, *, out: Path, results: Path, device: str) -> None:
-    """Do one unit, in this process. Its cells are written last."""
+    """Do one unit, in this process. Its cells are written last, after `done`: a unit whose cells are there is not begun
+    again, so nothing else of it may be missing then."""
     started, clock = time.time(), time.monotonic()
     threads = torch.get_num_threads()
     folder = out / "work" / unit.name
@@ -254,9 +255,10 @@ def work(unit: Unit, *, out: Path, results: Path, device: str) -> None:
         torch.set_num_threads(unit.threads)
         model = _model(unit.recipe.model, unit.recipe.model_config, unit.recipe.precision.weights, device)
         session = Session(unit.recipe, folder, device=device, model=model, command=f"duo bench {unit.bench}")
-        for cell, found in KINDS[unit.kind](session, unit):
-            rundir.write_json(results / cell, {**_head(unit, cell), **found})
+        cells = list(KINDS[unit.kind](session, unit))
         rundir.write_bytes(_done(out, unit.name), b"")
+        for cell, found in cells:
+            rundir.write_json(results / cell, {**_head(unit, cell), **found})
     finally:
         torch.set_num_threads(threads)
     row = {"unit": unit.name, "seconds": round(time.monotonic() - clock, 1), "started": round(started)}
