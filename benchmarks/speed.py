@@ -131,7 +131,8 @@ def pairs(_model: Family, *, n: int = 8) -> Case:
     """The pairs stage with its rejections, in the blocks that recipes have and an image at a time."""
 
     def made(block: int) -> float:
-        recipe = load_recipe("toybox-fire", overrides=[f"pairs.n={n}", f"pairs.block={block}"])
+        sizes = [f"pairs.n={n}", f"pairs.block={block}", f"method.train_batch_size={n}"]
+        recipe = load_recipe("toybox-fire", overrides=sizes)
         with tempfile.TemporaryDirectory() as folder:
             session = Session(recipe, Path(folder) / "run")
             _ = session.model  # loading is not in the time

@@ -221,13 +221,13 @@ def test_a_state_of_training_that_is_damaged_is_told(tmp_path: Path, what: str) 
     sum(one.sum() for one in parameters).backward()
     optimizer.step()
     _save(tmp_path, 1, parameters, optimizer, generator, {"model": "tiny"})
-    assert _resume(tmp_path, parameters, optimizer, generator, {"model": "tiny"}) == 1
+    assert _resume(tmp_path, parameters, optimizer, generator, {"model": "tiny"}, {}) == 1
     (path,) = tmp_path.iterdir()
     tensors, record = read_tensors(path)
     STATE[what](tensors, record)
     write_tensors(path, tensors, record)
     with pytest.raises(UserError, match=r"cannot be resumed from|was made with another"):
-        _resume(tmp_path, parameters, optimizer, generator, {"model": "tiny"})
+        _resume(tmp_path, parameters, optimizer, generator, {"model": "tiny"}, {})
 
 
 SEARCH: dict[str, Any] = {

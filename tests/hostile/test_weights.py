@@ -221,7 +221,7 @@ def test_training_goes_on_from_a_checkpoint_or_refuses(folder: Path, damage: Any
 
     def go_on() -> None:
         parameters, optimizer, generator = begin()
-        _resume(place, parameters, optimizer, generator, {"model": "tiny", "steps": [1, 2]})
+        _resume(place, parameters, optimizer, generator, {"model": "tiny", "steps": [1, 2]}, {})
         sum(one.sum() for one in parameters).backward()
         optimizer.step()
         torch.rand(1, generator=generator)
