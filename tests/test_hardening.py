@@ -237,7 +237,7 @@ def test_half_is_learned_from_and_half_is_counted_and_nothing_of_it_is_scored(fi
     assert asked[0, "word"] == trained | counted
     assert len(asked[0, "start"] & trained) == len(asked[0, "start"] & counted) == 1, "of two searches one each"
     assert asked[0, "watched"] == asked[1, "watched"] == {"a house on fire", "a burning tent"}
-    assert asked[1, "word"] == counted and len(attempts[1, "word"]) == 4, "the last round makes no pairs"
+    assert asked[1, "word"] == counted and len(attempts[1, "word"]) == 10, "the last round makes no pairs"
     images = [row for folder in folders for row in rundir.read_jsonl(folder / "attack" / "images" / "images.jsonl")]
     assert {row["prompt"] for row in images} <= {"a burning red house", "a blue car on fire"}
     assert not scored & {*set().union(*asked.values()), *(row["prompt"] for row in images)}
@@ -334,8 +334,8 @@ def test_a_hardened_run_that_is_killed_at_any_write_ends_with_the_same_bytes(
 
 
 def test_a_finished_erasure_is_left_alone_and_another_configuration_refused(finished: SimpleNamespace) -> None:
-    def opened(*overrides: str, **texts: str) -> Session:
-        return Session(load_recipe(write(finished.recipe.parent, **texts), overrides=overrides), finished.run)
+    def opened(*overrides: str, more: str = MORE) -> Session:
+        return Session(load_recipe(write(finished.recipe.parent, more=more), overrides=overrides), finished.run)
 
     before = contents(finished.run)
     session = opened()
@@ -346,7 +346,7 @@ def test_a_finished_erasure_is_left_alone_and_another_configuration_refused(fini
         erase(opened("hardening.rounds=2"))
     with pytest.raises(UserError, match=r"recipe\.hardening = .* not null"):
         erase(opened(more=""))
-    write(finished.recipe.parent)
+    write(finished.recipe.parent, more=MORE)
 
 
 # --- where rounds end ---------------------------------------------------------------------------------
