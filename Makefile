@@ -5,7 +5,7 @@
 # make torture the long forms: runs that are killed a hundred times end with the same bytes, and 100,000 hostile files (an hour or so).
 #              With TORTURE_SEED=N they are killed at the same operations again. What they counted goes to docs/results/torture.json; hostile files
 #              that were stopped are gone on with by the same command (runs/torture)
-# make tune    search the demo's values again (hours)
+# make tune    search the values of toybox-fire-dpop again (hours)
 # make results make the published numbers again but for those that docs/results.md lists (hours)
 # make figure4 the trade-off of every method on the embedded model, on all cores (hours). Cells that are finished in docs/results are kept; with
 #              RESULTS=DIR everything is made from nothing, there
@@ -80,7 +80,7 @@ growth: .venv/installed-test
 
 ifneq ($(HASHES),)
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt requirements/core.txt requirements/torch-cpu.txt requirements/cuda.txt
-	@$(call LISTED,torch-cpu) 2>/dev/null || echo "no build of torch without CUDA is known here: the index's own is installed"
+	@$(call LISTED,torch-cpu) 2>/dev/null || echo "the build of torch without CUDA in requirements/torch-cpu.txt cannot be had here: the index's own is installed"
 	@$(call BY_HASH,core)
 	@if $(TORCH_HAS_CUDA); then $(call BY_HASH,cuda); fi
 	$(PIP) --no-index --no-deps --no-build-isolation -e .

@@ -134,7 +134,7 @@ def picture(run_folder: Path, path: Path) -> None:
 
 
 def sweep(out: Path, docs: Path, workers: int) -> None:
-    """β against detection and preservation, for the published objective and for the demo's."""
+    """β against detection and preservation, for the published objective and with DPO-Positive's penalty."""
     jobs = []
     for name, betas in SWEPT.items():
         for beta in betas:

@@ -1,7 +1,7 @@
 """Our loops beside the peers', in one process, on the same model, rows and threads, in turn: `make bench`.
 
     python benchmarks/speed.py --memory --out docs/results/speed.json --docs docs/performance.md
-    python benchmarks/speed.py --only training --rounds 9
+    python benchmarks/speed.py --only training --rounds 3
 
 Each case has a peer's loop, written anew from what its public code does and reduced to what takes time, and ours as it
 is shipped. After one round that is not counted both are run in turn. What is told is the median time a unit of work of

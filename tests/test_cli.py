@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from duo import plugins
+from duo import cli, plugins
 from duo.cli import main
 from duo.errors import UserError
 
@@ -262,19 +263,44 @@ def test_the_sources_of_pairs_in_a_recipe_are_from_its_folder(recipe: Path) -> N
         load_recipe(recipe, overrides=["pairs.unsafe=a"])
 
 
-def test_what_nobody_reads_any_more_ends_without_a_word() -> None:
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+UNBUFFERED = {**BUFFERED, "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.mark.parametrize("environment", [BUFFERED, UNBUFFERED], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("asked", [["list", "recipes"], ["--help"]], ids=" ".join)
+def test_what_nobody_reads_any_more_ends_without_a_word(asked: list[str], environment: dict[str, str]) -> None:
     """As in `duo list recipes | head -1`."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "duo", "list", "recipes"]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    command = [sys.executable, "-m", "duo", *asked]
+    done = subprocess.run(command, env=environment, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
-    assert (done.returncode, done.stderr) == (141, b"")
+    # What argparse prints by itself it does not look after: where nothing is held back, the help ends as ever.
+    helped = asked == ["--help"] and environment is UNBUFFERED
+    assert (done.returncode, done.stderr) == (0 if helped else 141, b"")
 
 
-def test_a_full_disk_that_takes_what_is_printed_is_one_line() -> None:
+@pytest.mark.parametrize("environment", [BUFFERED, UNBUFFERED], ids=["buffered", "unbuffered"])
+def test_a_full_disk_that_takes_what_is_printed_is_one_line(environment: dict[str, str]) -> None:
     with Path("/dev/full").open("w") as full:
         command = [sys.executable, "-m", "duo", "list", "recipes"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("duo: the disk: No space left on device") and done.stderr.count("\n") == 1
+
+
+def test_with_its_output_closed_a_command_does_its_work() -> None:
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "duo", "list", "recipes"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def verb(_: object) -> None:
+        raise BrokenPipeError("to a worker")
+
+    parser = SimpleNamespace(parse_args=lambda _: SimpleNamespace(verb=verb))
+    monkeypatch.setattr(cli, "parser_for", lambda _: parser)
+    with pytest.raises(BrokenPipeError, match="to a worker"):
+        cli.main(["list", "recipes"])

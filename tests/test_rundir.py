@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from duo import rundir
+from duo import foreign, rundir
 from duo.errors import UserError
 from duo.rundir import Blocks, RunDir, Stage, StageRun
 
@@ -58,6 +58,15 @@ def test_rows_that_are_broken_are_named(tmp_path: Path, content: str, reason: st
     (tmp_path / "a.jsonl").write_text(content)
     for read in (rundir.read_jsonl, rundir.rows_of):
         with pytest.raises(UserError, match=rf"a\.jsonl is not valid JSONL .*{reason}"):
+            list(read(tmp_path / "a.jsonl"))
+
+
+def test_rows_that_are_too_many_bytes_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line may be all of a file, which is then held at once."""
+    monkeypatch.setattr(foreign, "LARGEST", 10)
+    (tmp_path / "a.jsonl").write_text('{"long": 1}\n')
+    for read in (rundir.read_jsonl, rundir.rows_of):
+        with pytest.raises(UserError, match=r"a\.jsonl is not valid JSONL \(it has 12 bytes, more than 10\)"):
             list(read(tmp_path / "a.jsonl"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import shlex
 import signal
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from duo import parallel
 from duo.errors import UserError
@@ -73,15 +75,20 @@ def _main(arguments: list[str]) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         with _terminable():
-            given = parser_for(arguments).parse_args(arguments)
-            code = given.verb(given) or 0
-            sys.stdout.flush()  # here, where a pipe that nobody reads, or a full disk, is still told
+            try:
+                given = parser_for(arguments).parse_args(arguments)
+                code = given.verb(given) or 0
+            except SystemExit:  # as --help ends
+                _flush()
+                raise
+            _flush()  # here, where a pipe that nobody reads, or a full disk, is still told
             return code
     except UserError as error:
         _tell(f"duo: {message(error)}")
         return MISUSE
     except BrokenPipeError:
-        _unheard()
+        if not _unheard():
+            raise  # it was another pipe, such as that of a process of ours
         return UNHEARD
     except OSError as error:
         if error.errno not in DISK_ERRORS + PATH_ERRORS:
@@ -102,6 +109,8 @@ def _main(arguments: list[str]) -> int:
     except KeyboardInterrupt as stopped:
         _tell(f"\nduo: stopped; nothing is lost: {_again(arguments)}")
         return TERMINATED if isinstance(stopped, _TerminatedError) else INTERRUPTED
+    finally:
+        _drop_unprinted()
 
 
 def _tell(text: str) -> None:
@@ -110,13 +119,37 @@ def _tell(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def _unheard() -> None:
-    """Stop the other processes, and let the interpreter find nothing left to print as it ends."""
+def _flush() -> None:
+    if sys.stdout is not None:  # as it is where the command was started with its output closed
+        sys.stdout.flush()
+
+
+def _drop_unprinted() -> None:
+    """Leave nothing that the interpreter would try to print as it ends, which would change the exit code."""
+    try:
+        _flush()
+    except OSError:
+        _to_nowhere(sys.stdout)
+
+
+def _unheard() -> bool:
+    """Whether nobody reads what is printed; then stop the other processes, and print no more."""
+    watch = select.poll()
+    try:
+        watch.register(sys.stdout.fileno(), 0)  # that the other end is gone is told unasked
+    except (AttributeError, OSError, ValueError):  # there is no output, or it is no file
+        return False
+    if not watch.poll(0):
+        return False
     parallel.stop()
-    with suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
+    _to_nowhere(sys.stdout)
+    _to_nowhere(sys.stderr)
+    return True
+
+
+def _to_nowhere(stream: TextIO | None) -> None:
+    with suppress(AttributeError, OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
 
 
 def _again(arguments: Sequence[str]) -> str:

@@ -26,19 +26,19 @@ def read_whole(path: Path) -> bytes:
     """The bytes of a file. Raises what `Path.read_bytes` raises, and `ValueError` for what is no plain file, such as a
     pipe, which would never end, and for one that is too large to be read at once."""
     with open_plain(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > LARGEST:
-            raise ValueError(f"it has {size:,} bytes, more than {LARGEST:,}")
         return file.read()
 
 
 def open_plain(path: Path) -> BinaryIO:
-    """A file to be read bit by bit. Raises what `open` raises, and `ValueError` for what is no plain file."""
+    """The same file, to be read bit by bit: one line may be all of it, so it may be no larger."""
     file = open(path, "rb", opener=_unblocked)  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    about = os.fstat(file.fileno())
+    if stat.S_ISREG(about.st_mode) and about.st_size <= LARGEST:
+        return file
+    file.close()
+    if not stat.S_ISREG(about.st_mode):
         raise ValueError("it is no plain file")
-    return file
+    raise ValueError(f"it has {about.st_size:,} bytes, more than {LARGEST:,}")
 
 
 def read_text(path: Path, *, encoding: str = "utf-8") -> str:

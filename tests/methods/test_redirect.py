@@ -410,7 +410,7 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
     [
         ({"train_batch_size": 5}, {}, "train_batch_size = 5 but there are only 4 pairs"),
         ({"targets": ("cross-attention",)}, {}, "did you mean 'cross_attention'"),
-        ({"sampling_steps": 1001}, {}, "sampling_steps is 1001, expected at most 1000"),
+        ({"sampled": 1, "sampling_steps": 1001}, {}, "sampling_steps is 1001, expected at most 1000"),
         ({"timestep_range": (0.1, 0.1001)}, {}, "none of the 1000 steps lies between"),
         ({"prior_weight": 1.0}, {"dtype": "bfloat16"}, "prior_weight is 1 and precision.dtype 'bfloat16'"),
         ({"train": "weights"}, {"weights": "float16"}, "precision.weights is 'float16'"),
@@ -419,7 +419,7 @@ def test_values_out_of_range(changes: dict[str, Any], message: str) -> None:
 def test_what_does_not_fit_is_known_before_there_are_pairs(
     tiny_sd, changes: dict[str, Any], precision: dict[str, Any], message: str
 ) -> None:
-    QUICK.check(tiny_sd, pairs=None, precision=Precision())
+    replace(QUICK, sampling_steps=1001).check(tiny_sd, pairs=None, precision=Precision())  # which nothing asks for
     with pytest.raises(UserError, match=message):
         replace(QUICK, **changes).check(tiny_sd, pairs=4, precision=Precision(**precision))
 

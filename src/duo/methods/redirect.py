@@ -196,7 +196,8 @@ class Redirect:
             raise UserError(f"train_batch_size = {self.train_batch_size} but there are only {pairs} pairs")
         for batch in (self.train_batch_size, *([self.sampled] if self.sampled else [])):
             parallel.share(batch)
-        check_steps(model, self.sampling_steps)
+        if self.sampled:
+            check_steps(model, self.sampling_steps)
         if self.prior_weight and precision.dtype != "float32":
             raise UserError(
                 f"prior_weight is {self.prior_weight:g} and precision.dtype {precision.dtype!r}, where it would drown "
