@@ -2,7 +2,7 @@
 # make test    ruff, mypy and pytest
 # make check   the same without the set-up: for a working tree that is installed
 #              (where runs/demo is of other settings or versions it stops and says so: `make clean`, then again)
-# make torture the long forms: runs that are killed a hundred times end with the same bytes, and 100,000 hostile files (an hour or so).
+# make torture the long forms: runs that are killed a hundred times end with the same bytes, and 100,000 hostile files (half an hour for the first, and hours for the second).
 #              With TORTURE_SEED=N they are killed at the same operations again. What they counted goes to docs/results/torture.json; hostile files
 #              that were stopped are gone on with by the same command (runs/torture)
 # make tune    search the values of toybox-fire-dpop again (hours)
@@ -13,11 +13,11 @@
 # make beyond  the same for objectives beyond DUO's, and what the study of them minimises (docs/beyond.md)
 # make relearning  erasures against fine-tuning, beside a model that never saw the concept (docs/beyond.md)
 # make hardening  DUO hardened in rounds, every round put to the red team, for docs/hardening.md (hours)
-# make growth  how seconds and memory grow with pairs, prompts, cells, processes and images (a quarter of an hour on an idle machine; goes on
+# make growth  how seconds and memory grow with pairs, prompts, cells, processes and images (stops after 15 minutes with what is left; goes on
 #              where it was stopped). With GROWTH="--largest 100000 --budget 600" up to the largest (hours)
 # make bench   our loops beside the peers' on the embedded model, and on real sizes where there is a GPU: docs/results/speed.json and
-#              the table of docs/performance.md (12 minutes on two idle cores; on a busy machine its numbers are worth nothing)
-# make versions  the suite on the lowest and on the newest versions that pyproject.toml allows, logs in docs/results/versions (an hour or so)
+#              the table of docs/performance.md (on a busy machine its numbers are worth nothing)
+# make versions  the suite on the lowest and on the newest versions that pyproject.toml allows, logs in docs/results/versions (hours)
 # make lock    write requirements/*.txt, the hashes that set-up installs by, from constraints.txt
 # make clean   remove what these made, .venv and runs/demo included
 

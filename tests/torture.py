@@ -28,9 +28,9 @@ def crashes(seed: int) -> dict[str, Any]:
     """A hundred kills: their counts."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "counts.json"
-        pytest("-s", str(HERE / "torture_crashes.py"), TORTURE_SEED=str(seed), TORTURE_LOG=str(log))
+        code = pytest("-s", str(HERE / "torture_crashes.py"), TORTURE_SEED=str(seed), TORTURE_LOG=str(log))
         found = json.loads(log.read_text()) if log.exists() else {"problems": ["it did not end"]}
-    return {**found, "passed": not found["problems"], "ended": "seed" in found}
+    return {**found, "passed": code == 0 and not found["problems"], "ended": "seed" in found}
 
 
 def hostile(seed: int, *, cases: int, log: Path, processes: str) -> dict[str, Any]:
