@@ -102,9 +102,9 @@ def page() -> str:
         "3.11, the versions in `constraints.txt`). duo itself is Apache-2.0, and ships none of these. Weights have",
         "licences of their own: those of a base model go with every erasure of it (`duo merge` carries them over).",
         "",
-        "With a torch that has CUDA parts, set-up also installs what `requirements/cuda.txt` names: NVIDIA's libraries,",
-        "under licences of NVIDIA's own, and triton. They were not installed here and are not listed; nor is what other",
-        "systems need (colorama, audioop-lts).",
+        "With a torch that has CUDA parts, set-up also installs what `requirements/cuda.txt` names: NVIDIA's",
+        "libraries, under licences of NVIDIA's own, and triton. They were not installed here and are not listed; nor is",
+        "what other systems need (colorama, audioop-lts).",
         "",
         "Named in their metadata with a copyleft licence: "
         + ("; ".join(f"{n} ({licence})" for n, licence in weak) + "."),
