@@ -103,8 +103,8 @@ def page() -> str:
         "licences of their own: those of a base model go with every erasure of it (`duo merge` carries them over).",
         "",
         "With a torch that has CUDA parts, set-up also installs what `requirements/cuda.txt` names: NVIDIA's",
-        "libraries, under licences of NVIDIA's own, and triton. They were not installed here and are not listed; nor is",
-        "what other systems need (colorama, audioop-lts).",
+        "libraries, under licences of NVIDIA's own, and triton. They were not installed here and are not listed; nor",
+        "is what other systems need (colorama, audioop-lts).",
         "",
         "Named in their metadata with a copyleft licence: "
         + ("; ".join(f"{n} ({licence})" for n, licence in weak) + "."),
