@@ -60,7 +60,7 @@ def growth(measured: Sequence[Growth]) -> str:
     """
     columns = min(3, len(measured))
     rows = -(-len(measured) // columns)
-    with _canvas(3.3 * columns, 0.3 + 2.5 * rows) as figure:
+    with _canvas(max(4.4, 3.6 * columns), 0.3 + 2.7 * rows) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for panel, one in zip(panels, measured, strict=False):
             panel.loglog(one.n, one.seconds, "-o", color=ERASED, linewidth=1.3, markersize=5)
@@ -77,8 +77,9 @@ def growth(measured: Sequence[Growth]) -> str:
                     color=MUTED,
                 )
             panel.set_title(one.title, loc="left", fontsize=10.5, color=INK)
-            panel.set_xticks(one.n, [f"{n:,}" for n in one.n])
+            panel.set_xticks(one.n, [f"{n // 1000}k" if n >= 1000 and n % 1000 == 0 else f"{n}" for n in one.n])
             panel.minorticks_off()
+            panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # powers are formulas, which an SVG has not
             panel.margins(x=0.15, y=0.25)
             panel.set_xlabel(one.unit)
             panel.set_ylabel("seconds")
