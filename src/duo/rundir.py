@@ -49,17 +49,24 @@ ANEW = _ANEW.format("the folder of its stage")
 # --- files --------------------------------------------------------------------------------------
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: to a temporary neighbour that is then renamed."""
+@contextmanager
+def _renamed(path: Path) -> Iterator[Path]:
+    """A temporary neighbour to write a file to, which is renamed to `path` at the end: so it is there whole or not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data)
+        yield temporary
         os.replace(temporary, path)
     except OSError as error:
         raise _naming(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: to a temporary neighbour that is then renamed."""
+    with _renamed(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def private(folder: Path) -> None:
@@ -156,9 +163,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def write_parts(path: Path, parts: Iterable[bytes]) -> None:
     """As `write_bytes`, of what is made bit by bit and would not be held at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with _renamed(path) as temporary:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             for part in _gathered(parts):
@@ -166,11 +171,6 @@ def write_parts(path: Path, parts: Iterable[bytes]) -> None:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(descriptor)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _naming(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _gathered(parts: Iterable[bytes]) -> Iterator[bytes]:
