@@ -7,7 +7,8 @@
 Each point (`growth_points.py`) is so much work in a process of its own on one thread: seconds, and the highest resident
 size. Points are kept in `docs/results/growth-*.json` as they are made, so a second call goes on, and makes nothing anew
 that was measured on the same code and machine; `--anew` does. Run it alone: seconds of a busy machine are worth
-nothing (memory does not depend on who else is at work), and `--budget` ends it before the point that would be too long.
+nothing (memory does not depend on who else is at work). After `--budget` no further point is begun; the one that is
+being measured is ended.
 """
 
 from __future__ import annotations

@@ -227,6 +227,26 @@ def test_a_finished_search_is_left_alone(open_session: Any, looks: Any, monkeypa
     assert contents(session.dir.path) == before
 
 
+@pytest.mark.parametrize(
+    ("record", "refused"),
+    [
+        ({"schema": 2, "asked": {}}, r"search\.json: schema 2 is not known here, only 1"),
+        ([], r"search\.json has no table 'asked'"),
+    ],
+)
+def test_a_finished_search_of_another_schema_is_refused_and_left(
+    open_session: Any, looks: Any, record: object, refused: str
+) -> None:
+    looks(from_08, gentle)
+    session = open_session()
+    searched(session)
+    (session.dir.path / "search" / "search.json").write_text(json.dumps(record))
+    before = contents(session.dir.path)
+    with pytest.raises(UserError, match=refused):
+        search_strength(open_session(), ASKED)
+    assert contents(session.dir.path) == before
+
+
 def test_a_run_goes_on_from_its_searched_erasure_and_its_report_tells_of_it(
     open_session: Any, looks: Any, tiny_sd: Any
 ) -> None:

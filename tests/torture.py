@@ -19,6 +19,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from duo.rundir import read_jsonl
+
 HERE = Path(__file__).parent
 PARTS = ("crashes", "hostile")
 NOTHING_LEFT, STOPPED = 5, 130  # what pytest ends with where every test was left out, and what Ctrl-C ends with
@@ -47,7 +49,7 @@ def hostile(seed: int, *, cases: int, log: Path, processes: str) -> dict[str, An
 
 def counted(log: Path, *, cases: int) -> dict[str, Any]:
     """What the log says of the code that its last line is of."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = read_jsonl(log, appended=True)
     last = {row["test"]: row for row in rows if rows and (row["code"], row["wanted"]) == (rows[-1]["code"], cases)}
     tried: Counter[str] = Counter()
     for row in last.values():

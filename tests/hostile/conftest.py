@@ -7,7 +7,6 @@ and the same code is not made again: so the long form may be stopped, and gone o
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 import time
@@ -22,6 +21,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "report"))  # its made-up runs are what is damaged here
 
 import ordeal
+
+from duo.rundir import append_jsonl, read_jsonl
 
 LOG = os.environ.get("DUO_HOSTILE_LOG")
 SOURCES = (Path(__file__).parent, Path(__file__).parents[2] / "src" / "duo")
@@ -38,8 +39,7 @@ def code() -> str:
 def passed() -> dict[str, Counter[str]]:
     """The cases of each test that the log says has passed, with this code and as many cases."""
     found = {}
-    for line in Path(LOG).read_text().splitlines() if LOG and Path(LOG).exists() else ():
-        row = json.loads(line)
+    for row in read_jsonl(Path(LOG), appended=True) if LOG else ():
         if row["passed"] and (row["code"], row["wanted"]) == (code(), ordeal.WANTED):
             found[row["test"]] = Counter(row["cases"])
     return found
@@ -72,8 +72,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
             "wanted": ordeal.WANTED,
             "code": code(),
         }
-        with Path(LOG).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_jsonl(Path(LOG), row)
     return result
 
 

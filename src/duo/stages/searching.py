@@ -205,7 +205,7 @@ class _Search:
     def refuse_another(self) -> None:
         """Raise `UserError` where the run has an erasure already that is not what this search chose."""
         stage, table = self.session.dir.stage("erase"), self._folder() / TABLE
-        found = rundir.read_json(table) if stage.begun and table.exists() else {}
+        found = rundir.read_table(table, "asked") if stage.begun and table.exists() else {}
         rundir.check_schema(table, found, SCHEMA)
         same = found.get("asked") == as_table(self.asked) and found.get("field") == self.field
         if stage.begun and not (same and found.get("chosen") is not None):
