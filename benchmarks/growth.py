@@ -46,7 +46,7 @@ WORDS = {
     "cells": ("Bench cells, 4 an erasure", "erasures"),
     "processes": ("One run, 400 prompts", "processes"),
     "pairs": ("Pairs", "pairs"),
-    "prompts": ("Attack and scores", "prompts"),
+    "prompts": ("Attack and scores, 2 steps", "prompts"),
     "scoring": ("Score stage", "judged images"),
 }
 

@@ -27,6 +27,8 @@ SETS, MODELS = 10, 2  # of the tests' made-up run: attack rows, near misses and 
 NEAR_MISSES = 3  # of the embedded concept
 ATTACKS = ("prompts", "prompts_held_out_words", "prompts_held_out_subjects")  # rows of the recipe, all of them quick
 IN_A_CELL = 40  # images
+# Of sampling, where what may grow is all that is done for a prompt but its steps, of which each is as dear as the last.
+QUICK: Any = {"num_inference_steps": 2, "guidance_scale": 1.0}
 
 
 def peak_mib() -> float:
@@ -146,7 +148,7 @@ def pairs(folder: Path, n: int) -> dict[str, Any]:
     return {}
 
 
-def _prompted(folder: Path, n: int, row: str = "prompts") -> Any:
+def _prompted(folder: Path, n: int, row: str = "prompts", **sampling: Any) -> Any:
     """A session that attacks by so many different prompts, one image each on both models, and little else."""
     from duo import Session, load_recipe
     from duo.promptsets import PromptSource
@@ -161,21 +163,22 @@ def _prompted(folder: Path, n: int, row: str = "prompts") -> Any:
     own = replace(recipe.attacks[0], row=row, prompts="many", images=n)
     bare = replace(recipe.score.without_besides(), unrelated=1, near_miss=0, unsafe_row=row)
     several = {"many": PromptSource(path=str(path))}
-    return Session(replace(recipe, attacks=(own,), prompt_sets=several, score=bare), folder / "run")
+    recipe = replace(recipe, attacks=(own,), prompt_sets=several, score=bare)
+    return Session(replace(recipe, sampling=replace(recipe.sampling, **sampling)), folder / "run")
 
 
 def prepare_prompts(folder: Path, n: int) -> None:
     """The erasure, which does not depend on how many prompts attack it."""
     from duo import erase
 
-    erase(_prompted(folder, n))
+    erase(_prompted(folder, n, **QUICK))
 
 
 def prompts(folder: Path, n: int) -> dict[str, Any]:
-    """So many different prompts, drawn by the original and the erased model, and judged."""
+    """So many different prompts, drawn by the original and the erased model in two steps, and judged."""
     from duo.stages import attack, score
 
-    session = _prompted(folder, n)
+    session = _prompted(folder, n, **QUICK)
     attack(session)
     score(session)
     return {}

@@ -233,6 +233,12 @@ def test_only_nudity_is_sexual_of_what_is_shipped(name: str) -> None:
     assert load_concept(name).adults_only == (name == "nudity")
 
 
+def test_the_texts_of_a_concept_are_read_once_and_not_for_every_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    concept = load_concept("toybox-fire")
+    monkeypatch.setattr("duo.concept.is_sexual", lambda _: pytest.fail("they were read again"))
+    assert not concept.adults_only
+
+
 @pytest.mark.parametrize("part", ["a ", "a$", "g-1-r ", "1 ", "e\u0301 ", "aged at "])
 def test_a_text_of_any_length_is_read_in_a_time_that_grows_with_it(part: str) -> None:
     """Runs of single letters took a minute for a million characters."""

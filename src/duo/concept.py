@@ -47,6 +47,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -142,9 +143,12 @@ class Concept:
         if self.adults_only:
             refuse_minors(texts_of(as_table(self)))
 
-    @property
+    @cached_property
     def adults_only(self) -> bool:
-        """Whether the concept is sexual: it says so, NudeNet decides, or one of its texts has a sexual word."""
+        """Whether the concept is sexual: it says so, NudeNet decides, or one of its texts has a sexual word.
+
+        Kept, for it is asked of every prompt that is rendered, and reads all texts of the concept.
+        """
         if self.sexual or "nudenet" in (self.judge.name, self.curator.name):
             return True
         return is_sexual(text for _, text in texts_of(as_table(self)))

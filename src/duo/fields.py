@@ -100,6 +100,8 @@ def build_fields(cls: type[T], mapping: object, where: str, *, beside: Iterable[
 
 def as_table(value: Any) -> Any:
     """A configuration as JSON and TOML hold it: dataclasses become tables, tuples lists, paths strings."""
+    if value is None or isinstance(value, (str, int, float)):  # nearly all, and the next question is a slow one
+        return value
     if isinstance(value, _Tabled):
         return as_table(value.table())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
