@@ -414,6 +414,13 @@ def test_one_file_of_several_networks(originals: dict[str, Original], tmp_path: 
     refused(rf"^{path} holds text_encoder_2\..*, and model .* has no text_encoder_2", path, originals["sd"].folder)
 
 
+def test_a_setting_of_a_text_encoder_that_is_of_another_type_is_one_line(sd: Original, tmp_path: Path) -> None:
+    sd.make().text_encoder.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": None}))
+    refused(rf"^{tmp_path} cannot be loaded for model .*'hidden_act'.* expected str, got NoneType", tmp_path, sd.folder)
+
+
 def test_the_settings_of_a_text_encoder_come_with_its_folder(sd: Original, tmp_path: Path) -> None:
     theirs = sd.make()
     theirs.text_encoder.save_pretrained(tmp_path)

@@ -192,6 +192,7 @@ def test_a_class_that_needs_another_package_says_which(
     [
         ("scheduler", "num_train_timesteps", "a configuration file of it cannot be used .TypeError"),
         ("unet", "block_out_channels", "cannot be loaded"),
+        ("text_encoder", "hidden_size", "cannot be used .Strict.*'hidden_size'.* expected int, got str"),
     ],
 )
 def test_a_setting_of_another_type_is_one_line(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -174,7 +175,7 @@ def _read(cls: Any, source: str, **options: Any) -> Any:
     try:
         with _quiet(), no_pickles():
             return cls.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise UserError(f"{source} cannot be read as a {cls.__name__}: {first_line(error)}") from error
 
 

@@ -43,8 +43,12 @@ class DivergedError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, as part of a one-line message: its first line, or its type's name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error of another library says, as part of a one-line message: its first line, or its type's name.
+
+    A first line that ends in a colon is followed by what it announces.
+    """
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:

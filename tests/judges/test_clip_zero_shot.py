@@ -119,6 +119,14 @@ def test_a_folder_that_lacks_a_part(tiny_clip: Path, tmp_path: Path, file: str, 
         _ = judge.digest
 
 
+def test_a_setting_of_another_type_is_one_line(tiny_clip: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_clip, tmp_path / "clip")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "projection_dim": "abc"}))
+    with pytest.raises(UserError, match=r"cannot be read as a CLIPModel: .*'projection_dim'.* expected int"):
+        clip.load_clip(str(folder))
+
+
 def test_half_a_clip_is_refused_and_not_filled_with_noise(tiny_clip: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_to_peft, convert_unet_state_dict_to_peft
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import StrictDataclassError
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -37,7 +38,17 @@ AUTHORS_PREFIX = "model.diffusion_model."
 UNUSED = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 HALVES = (torch.float16, torch.bfloat16)
 # What the loaders and converters of diffusers, transformers and peft raise for files that are not as they expect.
-FAILURES = (ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError, OSError, ImportError)
+FAILURES = (
+    ValueError,
+    RuntimeError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OSError,
+    ImportError,
+    StrictDataclassError,
+)
 OF_ANOTHER = "give the model that was erased as --original"
 
 

@@ -17,6 +17,7 @@ import torch
 import transformers
 from diffusers.loaders import single_file_utils
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -257,7 +258,12 @@ def _one_line(name: str) -> Iterator[None]:
             yield
     except ImportError as error:
         raise UserError(f"model {name!r} cannot be loaded here: {first_line(error)}") from error
-    except (AttributeError, TypeError, KeyError) as error:  # a setting that is missing or of another type
+    except (
+        AttributeError,
+        TypeError,
+        KeyError,
+        StrictDataclassError,
+    ) as error:  # a setting missing, or of another type
         told = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"model {name!r}: a configuration file of it cannot be used ({told}); restore it") from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
