@@ -151,8 +151,10 @@ def test_the_shipped_benches_can_be_laid_out(name: str) -> None:
 def test_erasures_are_chosen_by_the_beginning_of_their_names(grid: Grid) -> None:
     assert [point.name for point in chosen(grid.points, ["nudge/0.5"])] == [POINTS[0], POINTS[3]]
     assert [point.name for point in chosen(grid.points, ["once", POINTS[4]])] == [POINTS[2], POINTS[4]]
-    with pytest.raises(UserError, match=r"--only: no erasure is called 'nudge/0' .did you mean 'nudge'"):
+    with pytest.raises(UserError, match=r"--only: no erasure is called 'nudge/0' .did you mean 'nudge/0.5/seed-\d'"):
         chosen(grid.points, ["nudge/0"])
+    with pytest.raises(UserError, match=r"--only: no erasure is called 'nugde' .did you mean 'nudge'"):
+        chosen(grid.points, ["nugde"])
 
 
 # --- the cells --------------------------------------------------------------------------------------------

@@ -267,8 +267,9 @@ def chosen(points: Sequence[Point], only: Sequence[str]) -> list[Point]:
     """The points whose names begin with one of `only` ("duo", "duo/12", "duo/12/seed-0"); all where it is empty."""
     for name in only:
         if not any(_within(point, name) for point in points):
-            methods = dict.fromkeys(point.method for point in points)
-            raise UserError(f"--only: no erasure is called {name!r}{did_you_mean(name, methods)}")
+            its = [point.name for point in points if point.method == name.partition("/")[0]]
+            known = its or dict.fromkeys(point.method for point in points)
+            raise UserError(f"--only: no erasure is called {name!r}{did_you_mean(name, known)}")
     return [point for point in points if not only or any(_within(point, name) for name in only)]
 
 
