@@ -13,6 +13,7 @@ import argparse
 import csv
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -221,7 +222,8 @@ def processes(folder: Path, n: int) -> dict[str, Any]:
     command = [*one, "-m", "duo", "run", str(recipe), "--out", str(out)]
     subprocess.run(command, env=environment, check=True, stdout=sys.stderr)
     rows = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
-    return {f"{row['stage']}_seconds": row["seconds"] for row in rows}
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # of the largest process; this one is smaller
+    return {"peak_mib": peak, **{f"{row['stage']}_seconds": row["seconds"] for row in rows}}
 
 
 POINTS: dict[str, Callable[[Path, int], dict[str, Any]]] = {

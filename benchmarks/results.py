@@ -43,9 +43,16 @@ def machine() -> dict[str, str | bool]:
     """
     commit = git("rev-parse", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)docs")
-    processor = platform.processor() or platform.machine()
+    processor = _processor() or platform.processor() or platform.machine()
     told = {"machine": f"{processor}, {os.cpu_count()} cores", "commit": commit, "world_digest": world_digest()}
     return {**told, **({"dirty": True} if changed else {})}
+
+
+def _processor() -> str | None:
+    """The name of the processor, where Linux tells it."""
+    about = Path("/proc/cpuinfo")
+    names = [line for line in about.read_text().splitlines() if line.startswith("model name")] if about.exists() else []
+    return names[0].partition(":")[2].strip() if names else None
 
 
 def git(*arguments: str) -> str:

@@ -185,6 +185,35 @@ def test_a_run_that_is_not_finished_is_left_alone(small: Path, capsys: pytest.Ca
     assert len(images(small)) == 2
 
 
+@pytest.mark.parametrize("name", ["run.json", "pairs/manifest.json", "score/manifest.json"])
+@pytest.mark.parametrize(
+    ("text", "told"), [('{"schema": 99}', "schema 99 is not known here"), ("[]", "holds no object"), ("{", "not valid")]
+)
+def test_what_a_record_of_another_kind_means_is_not_guessed(small: Path, name: str, text: str, told: str) -> None:
+    (small / name).parent.mkdir(exist_ok=True)
+    (small / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name}.*{told}"):
+        purge(small, unfinished=True)
+    assert len(images(small)) == 6
+
+
+def test_half_written_files_go(small: Path) -> None:
+    left = [small / "attack" / name for name in (".0000.png.x1.tmp", ".tmpQdMCgF")]  # ours, and one of safetensors
+    left[0].parent.mkdir()
+    for path in left:
+        path.write_bytes(b"half an image")
+    purge(small)
+    assert not any(path.exists() for path in left)
+
+
+@pytest.mark.parametrize("safe", ["unsafe/0000.png", "safe/../unsafe/0000.png", "/etc/0000.png"])
+def test_a_row_that_calls_an_unsafe_image_safe_keeps_nothing(small: Path, safe: str) -> None:
+    rows = [{**row, "safe": safe} for row in rundir.read_jsonl(small / "pairs/pairs.jsonl")]
+    rundir.write_jsonl(small / "pairs/pairs.jsonl", rows)
+    purge(small)
+    assert not any(name.startswith("pairs/unsafe") for name in images(small))
+
+
 def test_no_run_and_one_at_work_are_refused(small: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a run folder"):
         purge(tmp_path)
@@ -227,6 +256,9 @@ def test_a_broken_account_is_told_and_nothing_is_removed_there(small: Path, text
 def test_a_verdict_that_is_none_is_told_by_its_row(small: Path) -> None:
     (small / "score/verdicts.jsonl").write_text('{"set": "unrelated"}\n')
     with pytest.raises(UserError, match=r"verdicts\.jsonl, row 1 is no verdict"):
+        purge(small)
+    (small / "score/verdicts.jsonl").write_bytes(b'{"set": "\xff"}\n')
+    with pytest.raises(UserError, match=r"verdicts\.jsonl is not valid JSONL"):
         purge(small)
     assert len(images(small)) == 6
 

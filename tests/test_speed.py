@@ -14,7 +14,18 @@ from duo.plugins import Sampling
 
 ROOT = Path(__file__).parents[1]
 SHORT = Sampling(num_inference_steps=2, guidance_scale=3.0)
-OWN = ("speed", "speed_attacks", "speed_models", "speed_training", "sweeping", "results", "scale")
+OWN = (
+    "growth",
+    "growth_points",
+    "noise_bank",
+    "results",
+    "scale",
+    "speed",
+    "speed_attacks",
+    "speed_models",
+    "speed_training",
+    "sweeping",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +66,49 @@ def test_the_losses_of_the_peer_and_ours_are_the_same() -> None:
     assert sides.peer() > 0 < sides.ours()
     assert len(sides.losses["peer"]) == len(sides.losses["ours"]) == 3
     torch.testing.assert_close(torch.tensor(sides.losses["ours"]), torch.tensor(sides.losses["peer"]))
+
+
+def test_a_bank_of_noise_asks_the_frozen_model_once_a_batch_and_has_the_loss_of_that_batch() -> None:
+    import noise_bank
+    import speed_models
+
+    from duo.drawn import encode
+    from duo.methods.duo import Duo
+    from duo.training import attach_lora
+
+    model, pairs, batch, _ = speed_models.real_size("training SD 1.4, 512²", device="cpu", small=True)
+    method = Duo(train_batch_size=batch, beta=1.0, prior_weight=1.0)
+    unsafe, safe = (encode(model, side) for side in (pairs.unsafe, pairs.safe))
+    given = {"unsafe": unsafe, "safe": safe, "empty": model.unconditional()}
+    with attach_lora(model.denoiser, model.layers("self_attention"), rank=2, alpha=2.0, seed=0) as lora:
+        for up in (one for number, one in enumerate(lora.parameters) if number % 2):
+            torch.nn.init.normal_(up)  # so that the trained model is not the frozen one
+        plain = method._objective(model, lora, **given)
+        wanted = {plain(torch.Generator().manual_seed(number))[0].item() for number in range(2)}
+        asked: list[bool] = []
+        predict = model.predict
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "predict", lambda *rows: asked.append(torch.is_grad_enabled()) or predict(*rows))
+            banked = noise_bank.banked(2)(method, model, lora, **given)
+            generator = torch.Generator().manual_seed(0)
+            found = [banked(generator)[0].item() for _ in range(8)]
+    assert set(found) == wanted and len(wanted) == 2
+    assert asked.count(True) == 8 and asked.count(False) == 2
+
+
+def test_points_of_growth_are_kept_where_code_and_machine_are_the_same(tmp_path: Path) -> None:
+    import growth
+    from growth_points import POINTS
+
+    from duo.rundir import write_json
+
+    assert {*growth.SIZES} == {*growth.WORDS} == {*POINTS}
+    now = {"machine": "m", "threads": 1, "code": "c", "commit": "a"}
+    write_json(tmp_path / "found.json", {**now, "found": {"1": {"n": 1}}})
+    assert growth.kept(tmp_path / "found.json", {**now, "commit": "b"}) == {"1": {"n": 1}}
+    for other in ({"machine": "n"}, {"code": "d"}, {"dirty": True}):
+        assert growth.kept(tmp_path / "found.json", {**now, **other}) == {}
+    assert growth.kept(tmp_path / "none.json", now) == {}
 
 
 def test_bisection_finds_the_same_point_of_the_simplex_as_sorting() -> None:

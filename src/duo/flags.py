@@ -154,7 +154,8 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
     one.add_argument("--port", type=int, metavar="INTEGER", help="default: the first free one from 7860 up")
     told = "where it listens; a host that other machines can reach demands the token. Default: %(default)s"
     one.add_argument("--host", default="127.0.0.1", metavar="HOST", help=told)
-    one.add_argument("--token", metavar="TEXT", help="what lets one in; made and printed where --host needs one")
+    told = "what lets one in; auto makes one and prints it, as is done where --host needs one"
+    one.add_argument("--token", metavar="TEXT", help=told)
     _device_flag(one)
 
     one = verb("merge", verbs.merge, "write the erased model as full weights, and verify them")

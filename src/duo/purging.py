@@ -11,7 +11,6 @@ Before a file is removed its digest is written beside it (`duo.purged`): stopped
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from duo.report import UNCENSORED
 from duo.rundir import RunDir
 
 IMAGES = (".png", ".webp", ".jpg", ".jpeg", ".gif", ".bmp", ".tiff")
+RECORDS = ("run.json", "manifest.json", "partial.json")
 STATE, SEARCH = "state.safetensors", "search"  # of an attack: images to start from, and those asked for on the way
 
 
@@ -48,10 +48,11 @@ class Purge:
         """What `purge` would remove of a run.
 
         Raises:
-            UserError: the folder is no run, or a stage is not finished, which without its images it never could be,
-                unless that is meant (`unfinished`).
+            UserError: the folder is no run, a record of it is broken or of another schema, or a stage is not finished,
+                which without its images it never could be, unless that is meant (`unfinished`).
         """
         RunDir(run).require()
+        _refuse_unknown(run)
         if not unfinished:
             _refuse_unfinished(run)
         kept = set(_clear(run))
@@ -82,6 +83,13 @@ def _account(folder: Path, files: list[Path]) -> None:
     rundir.write_json(folder / PURGED, {"schema": SCHEMA, "files": dict(sorted(told.items()))})
 
 
+def _refuse_unknown(run: Path) -> None:
+    """What a record of another schema calls safe is not known here."""
+    for path in _files(run):
+        if path.name in RECORDS and not isinstance(rundir.read_json(path), dict):
+            raise UserError(f"{path} holds no object; restore it")
+
+
 def _refuse_unfinished(run: Path) -> None:
     begun = next((path for path in _files(run) if path.name == "partial.json"), None)
     if begun is None and (run / "score" / "manifest.json").is_file():
@@ -96,7 +104,7 @@ def _refuse_unfinished(run: Path) -> None:
 def _unsafe(path: Path) -> bool:
     """Whether a file may show an unsafe image, by what kind of file it is."""
     if path.name.startswith("."):
-        return path.suffix == ".tmp"
+        return path.suffix == ".tmp" or path.name.startswith(".tmp")  # ours, and those of safetensors
     searched = path.parent.name == SEARCH and path.suffix == ".safetensors"
     return path.suffix.lower() in IMAGES or path.name in (STATE, UNCENSORED) or searched
 
@@ -105,8 +113,9 @@ def _clear(run: Path) -> Iterator[Path]:
     """The images that the report shows as they are (`duo.report.page`)."""
     for folder in _folders(run):
         for row in rundir.read_jsonl(folder / "pairs.jsonl"):
-            if row.get("decision") != "reject" and isinstance(row.get("safe"), str):
-                yield folder / row["safe"]
+            safe = row.get("safe")  # nothing else is what a pair keeps, whatever its row says
+            if row.get("decision") != "reject" and isinstance(safe, str) and Path(safe).parts[:-1] == ("safe",):
+                yield folder / safe
         absent: dict[Path, bool] = {}
         for row in _rows(folder / "verdicts.jsonl"):
             path = folder / "images" / str(row["set"]) / str(row["model"]) / f"{row['index']:04d}.png"
@@ -115,18 +124,11 @@ def _clear(run: Path) -> Iterator[Path]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, object]]:
-    """The rows of a large file, one at a time."""
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                if not isinstance(row["index"], int) or not {"set", "model", "label"} <= {*row}:
-                    raise ValueError("a field is missing")
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise UserError(f"{path}, row {number} is no verdict ({error}); restore the file") from None
-            yield row
+    """The verdicts of a large file, one at a time."""
+    for number, row in enumerate(rundir.rows_of(path), start=1):
+        if not {"set", "model", "label", "index"} <= {*row} or not isinstance(row["index"], int):
+            raise UserError(f"{path}, row {number} is no verdict (a field is missing); restore the file")
+        yield row
 
 
 def _folders(run: Path) -> Iterator[Path]:

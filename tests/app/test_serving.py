@@ -41,7 +41,8 @@ def test_only_loopback_is_reached_without_a_token(host: str, own: bool) -> None:
 
 def test_a_token_is_made_anew_each_time_and_is_long() -> None:
     made = {str(Address.of(host="0.0.0.0").token) for _ in range(5)}
-    assert len(made) == 5
+    made |= {str(Address.of(token="auto").token) for _ in range(5)}
+    assert len(made) == 10
     assert min(map(len, made)) >= 32
 
 
@@ -123,6 +124,7 @@ def test_where_it_cannot_listen_is_told(own_folder: Path, capsys: pytest.Capture
         ({"host": "127.0.0.1:7860", "origin": "https://evil.example"}, True),
         ({"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:8000"}, True),
         ({"host": "127.0.0.1:7860", "origin": "null"}, True),
+        ({"host": "127.0.0.1:7860", "origin": "http://["}, True),  # no address at all
         ({"host": "127.0.0.1:7860", "sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}, False),
         ({"host": "127.0.0.1:7860", "sec-fetch-site": "none", "sec-fetch-mode": "navigate"}, False),
         ({"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, False),  # a link

@@ -201,6 +201,15 @@ def test_a_broken_report_is_told(place: Place) -> None:
     assert "report.json" in str(Summary.of(place).missing)
 
 
+def test_a_page_that_is_no_text_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place.run is not None
+    monkeypatch.setattr("duo.app.reporting.verdict", lambda _: ["gone"])
+    (place.run.path / "report.json").write_text("{}")
+    (place.run.path / "report.html").write_bytes(b"\xff")
+    html = Views([place]).report(0)
+    assert "report.html cannot be read" in html and 'role="alert"' in html
+
+
 def test_a_report_is_framed_without_any_rights(place: Place) -> None:
     assert place.run is not None
     text = '</iframe><script>top.hacked = 1</script><p title="a">'

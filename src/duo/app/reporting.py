@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from duo.app.places import Place, within
-from duo.errors import UserError
+from duo.errors import UserError, first_line
+from duo.foreign import read_text
 from duo.report import verdict
 from duo.rundir import read_json
 
@@ -41,7 +42,11 @@ def framed(place: Place) -> Markup:
     origin of its own and no scripts, whatever somebody wrote into it.
     """
     assert place.run is not None
-    text = (place.run.path / "report.html").read_text(encoding="utf-8")
+    path = place.run.path / "report.html"
+    try:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}); write it again by `duo report`") from error
     return Markup('<iframe class="report" title="Report of {}" sandbox="" srcdoc="{}"></iframe>').format(
         place.name, text
     )

@@ -28,6 +28,7 @@ from duo.errors import UserError, first_line
 from duo.rundir import note
 
 SHORTEST_TOKEN = 12
+MAKE_ONE = "auto"  # of `--token`: too short to be one
 USER = "duo"  # of the login page; what counts is the token
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 MISSING = "the page needs gradio: pip install 'duo-unlearning[app]'"
@@ -51,14 +52,13 @@ class Address:
 
     @classmethod
     def of(cls, *, host: str = "127.0.0.1", port: int | None = None, token: str | None = None) -> Address:
-        """A host that other machines can reach has a token, made here if none is given."""
+        """A host that other machines can reach has a token, made here if none is given, or where "auto" is."""
         if port is not None and not 0 < port < 2**16:
             raise UserError(f"--port is {port}, expected from 1 to {2**16 - 1}")
-        if token is not None and len(token) < SHORTEST_TOKEN:
-            raise UserError(
-                f"--token has {len(token)} characters, expected {SHORTEST_TOKEN} or more; leave it out to have one made"
-            )
-        if token is None and not is_loopback(host):
+        if token is not None and token != MAKE_ONE and len(token) < SHORTEST_TOKEN:
+            expected = f"expected {SHORTEST_TOKEN} or more, or {MAKE_ONE} to have one made"
+            raise UserError(f"--token has {len(token)} characters, {expected}")
+        if token == MAKE_ONE or (token is None and not is_loopback(host)):
             token = secrets.token_urlsafe(24)
         return cls(host=host.strip("[]"), port=port, token=token)
 
@@ -214,7 +214,10 @@ class Guard:
         if headers.get("sec-fetch-site") in ("cross-site", "same-site") and headers.get("sec-fetch-mode") != "navigate":
             return True
         origin = headers.get("origin")
-        return origin is not None and urlsplit(origin).netloc != host
+        try:
+            return origin is not None and urlsplit(origin).netloc != host
+        except ValueError:  # it is no address
+            return True
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

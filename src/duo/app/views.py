@@ -187,7 +187,10 @@ class Views:
     def report(self, number: int) -> str:
         """One run's report, or why there is none."""
         summary = Summary.of(self._at(number).place)
-        return str(self._parts.report(summary, "" if summary.missing else framed(summary.place)))
+        try:
+            return str(self._parts.report(summary, "" if summary.missing else framed(summary.place)))
+        except UserError as error:
+            return self.note(str(error), role="alert")
 
     # --- what they share ----------------------------------------------------------------------------
 
