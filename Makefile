@@ -64,7 +64,7 @@ results: .venv/installed
 figure4 ablations beyond relearning: RESULTS ?= docs/results/$@
 figure4 ablations beyond relearning: .venv/installed-test
 	$(BIN)/duo bench toybox-$@ --out runs/$@ --results $(RESULTS) --engine ray
-	$(if $(filter beyond,$@),$(BIN)/python benchmarks/beyond.py $(RESULTS),cp $(RESULTS)/figure4.svg docs/$@.svg)
+	$(if $(filter beyond relearning,$@),$(BIN)/python benchmarks/$@.py $(RESULTS),cp $(RESULTS)/figure4.svg docs/$@.svg)
 
 hardening: .venv/installed
 	$(BIN)/python benchmarks/hardening.py --out runs/hardening
