@@ -91,6 +91,7 @@ def plot(results: Path) -> None:
                     n=[point["n"] for point in points],
                     seconds=[point["seconds"] for point in points],
                     mib=[point["peak_mib"] for point in points],
+                    shared=what == "processes",
                 )
             )
     if panels:

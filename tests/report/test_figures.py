@@ -52,5 +52,13 @@ def test_growth_of_any_number_is_drawn_with_its_memory() -> None:
         assert "mathdefault" not in drawn
 
 
+def test_the_ideal_of_shared_work_falls_as_more_do_it() -> None:
+    one = {"title": "Run", "unit": "processes", "n": [1, 2], "seconds": [200.0, 100.0], "mib": [1.0, 1.0]}
+    own, shared = (figures.growth([figures.Growth(**one, shared=how)]) for how in (False, True))
+    lines = [[path.get("d") for path in ElementTree.fromstring(one).iter("{http://www.w3.org/2000/svg}path")]
+             for one in (own, shared)]  # fmt: skip
+    assert any(d and lines[1].count(d) == lines[0].count(d) + 1 for d in lines[1]), "it lies on what was measured"
+
+
 def test_running_mean_is_of_the_last_values() -> None:
     assert figures._running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]

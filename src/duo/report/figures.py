@@ -44,17 +44,21 @@ class TradeoffPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class Growth:
-    """What so much work took: `n` units, the seconds, and the highest resident size in MiB."""
+    """What so much work took: `n` units, the seconds, and the highest resident size in MiB.
+
+    Of what is `shared` the work stays as it is and `n` do it.
+    """
 
     title: str
     unit: str
     n: Sequence[float]
     seconds: Sequence[float]
     mib: Sequence[float]
+    shared: bool = False
 
 
 def growth(measured: Sequence[Growth]) -> str:
-    """Seconds over work, a panel each, both axes logarithmic; the dashed line is proportional to the work.
+    """Seconds over work, a panel each, both axes logarithmic; the dashed line is proportional to the work of each.
 
     Beside each point stands the highest resident size.
     """
@@ -64,8 +68,8 @@ def growth(measured: Sequence[Growth]) -> str:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for panel, one in zip(panels, measured, strict=False):
             panel.loglog(one.n, one.seconds, "-o", color=ERASED, linewidth=1.3, markersize=5)
-            last = one.seconds[-1] / one.n[-1]
-            panel.loglog(one.n, [last * n for n in one.n], "--", color=ORIGINAL, linewidth=1.0)
+            ideal = [one.seconds[0] * one.n[0] / n if one.shared else one.seconds[-1] * n / one.n[-1] for n in one.n]
+            panel.loglog(one.n, ideal, "--", color=ORIGINAL, linewidth=1.0)
             for n, seconds, mib in zip(one.n, one.seconds, one.mib, strict=True):
                 panel.annotate(
                     f"{mib:.0f} MiB",
