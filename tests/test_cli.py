@@ -162,9 +162,11 @@ def test_an_interruption_says_how_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(stages, "run", stop)
+    monkeypatch.setattr(stages, "plan", stop)
     monkeypatch.setattr(stages, "Session", lambda *_, **__: None)
-    assert main(["run", str(recipe), "--out", str(tmp_path / "run")]) == 130
-    assert f"go on with `duo run {recipe} --out {tmp_path / 'run'} --resume`" in capsys.readouterr().err
+    for flag, again in ((), "--resume"), (("--dry-run",), "--dry-run"):
+        assert main(["run", str(recipe), "--out", str(tmp_path / "run"), *flag]) == 130
+        assert f"go on with `duo run {recipe} --out {tmp_path / 'run'} {again}`" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_told_in_one_line(

@@ -153,8 +153,8 @@ def _to_nowhere(stream: TextIO | None) -> None:
 
 
 def _again(arguments: Sequence[str]) -> str:
-    resumed = [*arguments, *(["--resume"] if arguments[:1] == ["run"] and "--resume" not in arguments else [])]
-    return f"go on with `duo {shlex.join(resumed)}`"
+    resumes = arguments[:1] == ["run"] and not {"--resume", "--dry-run"} & {*arguments}
+    return f"go on with `duo {shlex.join([*arguments, *(['--resume'] if resumes else [])])}`"
 
 
 if __name__ == "__main__":

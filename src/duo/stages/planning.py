@@ -17,6 +17,7 @@ from PIL import Image
 
 from duo.pairs import Pairs
 from duo.plugins import Precision, Sampling
+from duo.rundir import note
 from duo.stages.metering import Meter, now
 from duo.stages.rounds import Round
 from duo.stages.session import MODELS, UNRELATED, Session
@@ -221,6 +222,7 @@ def _seconds(work: Work, measured: Measured) -> float:
 def _measure(session: Session) -> Measured:
     """Two and three sampling steps of one block, and two training steps on made-up pairs, the last of each timed."""
     model, recipe = session.model, session.recipe
+    note("measuring a block of images and two steps; on a machine that is busy every time comes out too long")
     if session.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(session.device)
     block = recipe.block
