@@ -2,7 +2,7 @@
 # make test    ruff, mypy and pytest
 # make check   the same without the set-up: for a working tree that is installed
 #              (where runs/demo is of other settings or versions it stops and says so: `make clean`, then again)
-# make torture the long forms: runs that are killed a hundred times end with the same bytes, and 100,000 hostile files (half an hour for the first, and hours for the second).
+# make torture the long forms: runs that are killed a hundred times end with the same bytes, and 100,000 hostile files (minutes for the first, a quarter of an hour for the second).
 #              With TORTURE_SEED=N they are killed at the same operations again. What they counted goes to docs/results/torture.json; hostile files
 #              that were stopped are gone on with by the same command (runs/torture)
 # make tune    search the values of toybox-fire-dpop again (hours)
