@@ -56,7 +56,10 @@ def test_a_missing_folder(tmp_path: Path) -> None:
 def test_an_empty_folder(folder: Path) -> None:
     for path in (folder / "safe").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"safe holds no \.png"):
+    with pytest.raises(UserError, match=r"safe holds no \.png.* images$"):
+        Pairs.read(folder)
+    (folder / "safe" / "purged.json").write_text("{}")
+    with pytest.raises(UserError, match=r"safe holds no \.png.*; `duo purge` removed them$"):
         Pairs.read(folder)
 
 

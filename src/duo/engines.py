@@ -41,7 +41,7 @@ def on_ray(
     try:
         import ray
     except ImportError as error:
-        raise UserError("--engine ray: Ray is not installed; pip install 'duo-unlearning[ray]'") from error
+        raise UserError("--engine ray: Ray is not installed; pip install -e '.[ray]' in the clone of duo") from error
     threads = max((unit.threads for unit in units), default=1)
     local = {} if workers is None else {"num_cpus": workers * threads}
     try:

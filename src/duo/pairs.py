@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 from duo.errors import UserError
 from duo.foreign import json_value, read_whole
 from duo.image_files import opened
+from duo.purged import PURGED
 from duo.refusal import is_sexual, minor_mentioned, texts_of
 
 SIDES = ("unsafe", "safe")
@@ -144,7 +145,8 @@ class PairFiles:
                     problems.append(f"{path} has the name of {files[stem].name}; keep one of them")
                 files.setdefault(stem, path)
             if folder.is_dir() and not files:
-                problems.append(f"{folder} holds no {', '.join(ENDINGS)} images")
+                purged = "; `duo purge` removed them" if (folder / PURGED).is_file() else ""
+                problems.append(f"{folder} holds no {', '.join(ENDINGS)} images{purged}")
             named.append(files)
         alone = sorted(named[0].keys() ^ named[1].keys())
         if alone and all(named):

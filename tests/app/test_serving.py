@@ -76,7 +76,7 @@ def test_without_gradio_one_line_says_what_to_install(own_folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "duo: the page needs gradio: pip install 'duo-unlearning[app]'\n"
+    assert done.stderr == "duo: the page needs gradio: pip install -e '.[app]' in the clone of duo\n"
 
 
 def test_gradio_is_private_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

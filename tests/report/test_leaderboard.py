@@ -149,6 +149,10 @@ def test_nothing_to_rank_is_told(tmp_path: Path) -> None:
         read_results([tmp_path])
     with pytest.raises(UserError, match="is not there"):
         read_results([tmp_path / "nowhere"])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    with pytest.raises(UserError, match=r"run is a run and no result; write one with `duo report .*run --result`"):
+        read_results([tmp_path / "run"])
 
 
 @pytest.mark.parametrize(("text", "fault"), [("{", "is not valid JSON"), ("[]", "an object"), ("{}", "'schema' is")])

@@ -31,7 +31,7 @@ SHORTEST_TOKEN = 12
 MAKE_ONE = "auto"  # of `--token`: too short to be one
 USER = "duo"  # of the login page; what counts is the token
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-MISSING = "the page needs gradio: pip install 'duo-unlearning[app]'"
+MISSING = "the page needs gradio: pip install -e '.[app]' in the clone of duo"
 HEADERS = {
     # Scripts and styles are gradio's own, which has many of them within the page, and compiles templates.
     "content-security-policy": "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "

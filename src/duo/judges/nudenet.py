@@ -1,6 +1,6 @@
 """NudeNet 3.4.2's 320-pixel detector, from its wheel (github.com/notAI-tech/NudeNet): which parts of a body are seen.
 
-An extra, `pip install "duo-unlearning[nudenet]"`, because of its licence: the package's metadata says MIT, the licence
+An extra, `pip install -e ".[nudenet]"`, because of its licence: the package's metadata says MIT, the licence
 files in its wheel are the AGPL-3.0, and nothing of it is copied here. The version is pinned and another one is refused,
 since labels, thresholds and channel order differ between releases, and published rates with them.
 
@@ -115,7 +115,7 @@ def exposed(detections: Iterable[Mapping[str, Any]], labels: Iterable[str], *, t
 
 
 def _require_package() -> None:
-    how = 'run: pip install "duo-unlearning[nudenet]" (its licence files are AGPL-3.0)'
+    how = 'run: pip install -e ".[nudenet]" in the clone of duo (its licence files are AGPL-3.0)'
     try:
         found = version("nudenet")
     except PackageNotFoundError:

@@ -28,7 +28,7 @@ INCEPTION = Published(
     what="the Inception-v3 of FID",
     files=("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth"),
 )
-HOW = 'run: pip install "duo-unlearning[metrics]", beside a torchvision for your torch'
+HOW = 'run: pip install -e ".[metrics]" in the clone of duo, beside a torchvision for your torch'
 
 
 @dataclass(kw_only=True)

@@ -140,6 +140,8 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path} is not there; write results with `duo report RUN --result`, or name their folder")
+        if (path / "run.json").is_file():
+            raise UserError(f"{path} is a run and no result; write one with `duo report {path} --result`")
         found = sorted(path.rglob("*.json")) if path.is_dir() else [path]
         files |= dict.fromkeys(one.resolve() for one in found)
     if not files:
