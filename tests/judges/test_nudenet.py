@@ -142,7 +142,7 @@ def test_without_the_extra_the_command_is_told(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(leaf, "version", none)
     monkeypatch.setitem(sys.modules, "nudenet", None)
-    with pytest.raises(UserError, match=r'not installed; run: pip install "duo-unlearning\[nudenet\]"') as told:
+    with pytest.raises(UserError, match=r'not installed; run: pip install -e "\.\[nudenet\]"') as told:
         Nudenet()
     assert "\n" not in str(told.value)
 

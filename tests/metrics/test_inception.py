@@ -88,7 +88,7 @@ def test_without_torch_fidelity_one_line_says_so(checkpoints: Path, monkeypatch:
     save_file({"weight": torch.zeros(3)}, checkpoints / f"{PUBLISHED}.safetensors")
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     monkeypatch.delitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", raising=False)
-    with pytest.raises(UserError, match=r'need torch-fidelity, .*pip install "duo-unlearning\[metrics\]"') as caught:
+    with pytest.raises(UserError, match=r'need torch-fidelity, .*pip install -e "\.\[metrics\]"') as caught:
         Fid().check()
     assert "\n" not in str(caught.value)
 
