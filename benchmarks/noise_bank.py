@@ -99,8 +99,7 @@ def main() -> None:
     for seed in given.seeds:
         for bank in given.banks:
             out = given.out / f"bank-{bank}-seed-{seed}"
-            way = mock.patch.object(Duo, "_objective", banked(bank) if bank else SHIPPED)
-            with way:
+            with mock.patch.object(Duo, "_objective", banked(bank) if bank else SHIPPED):
                 report = one(replace(base, erase_seed=seed), out, first, same_pairs=True)
             first = first or out
             found.setdefault(str(bank), {})[str(seed)] = told(report, out)

@@ -104,7 +104,7 @@ def _refuse_unfinished(run: Path) -> None:
 def _unsafe(path: Path) -> bool:
     """Whether a file may show an unsafe image, by what kind of file it is."""
     if path.name.startswith("."):
-        return path.suffix == ".tmp" or path.name.startswith(".tmp")  # ours, and those of safetensors
+        return any(path.match(pattern) for pattern in rundir.LEFTOVERS)
     searched = path.parent.name == SEARCH and path.suffix == ".safetensors"
     return path.suffix.lower() in IMAGES or path.name in (STATE, UNCENSORED) or searched
 

@@ -87,7 +87,7 @@ def sweep(folder: Path, *, deep: bool = True) -> None:
 
     That is `write_bytes`'s, and what safetensors writes before it renames.
     """
-    for pattern in (".*.tmp", ".tmp*"):
+    for pattern in LEFTOVERS:
         for leftover in folder.rglob(pattern) if deep else folder.glob(pattern):
             if leftover.is_file():
                 leftover.unlink()
@@ -103,6 +103,7 @@ def make_room(path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; name another --out") from error
 
 
+LEFTOVERS = (".*.tmp", ".tmp*")  # what a kill leaves half written: ours, and those of safetensors
 PIECE = 2**20  # bytes that are written at once of what is made bit by bit
 _ESCAPED = "backslashreplace"  # of names that are no UTF-8: Python's escapes of lone surrogates are JSON's
 
