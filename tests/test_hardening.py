@@ -75,6 +75,16 @@ class ByPairs(Nudge):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Training(ByPairs):
+    """Has a length, as methods that train do."""
+
+    max_train_steps: int = 10
+
+    def passes(self, pairs: int) -> dict[str, int]:
+        return {"denoiser": self.max_train_steps, "steps": self.max_train_steps}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tired(ByPrompt):
     """A curator that sees the concept nowhere once its class is `blind`."""
 
@@ -103,6 +113,7 @@ class ByWeights(staged.TextSearch):
 LEAVES = {
     **staged.LEAVES,
     ("methods", "by_pairs"): ByPairs,
+    ("methods", "training"): Training,
     ("judges", "tired"): Tired,
     ("judges", "spoiling"): Spoiling,
     ("attacks", "by_weights"): ByWeights,
@@ -598,6 +609,26 @@ def test_a_plan_counts_every_round(open_hardened: Callable[..., Session]) -> Non
     assert (images["round 0: attack: word"], images["round 1: attack: word"]) == (8 + 4, 4 + 2)
     assert images["round 1: safe twins at most"] == 4 + 2, "half of the images of both attacks"
     assert (images["round 0: unrelated"], images["round 1: unrelated"]) == (4, 2)
+
+
+def test_training_may_grow_with_the_pairs(open_hardened: Callable[..., Session]) -> None:
+    """Each pair is then seen as often as in round 0, where the number of steps is the recipe's."""
+    session = open_hardened("run", "hardening.grow_steps=true", method='method = {name = "training"}\n', more=MORE)
+    planned = {name: numbers[1] for name, *numbers in (line.rsplit(maxsplit=6) for line in plan(session))}
+    most = session.recipe.pairs.n + 20 // 2 + 4 // 2  # of both attacks half of the images
+    assert planned["round 1: erase"] == str(round(10 * most / session.recipe.pairs.n))
+    make_pairs(session)
+    erase(session)
+    pairs = [one["pairs"]["learned_from"] for one in told(session.dir.path)["rounds"]]
+    assert pairs[1] > pairs[0]
+    manifests = [rundir.read_json(session.dir.path / f"erase/round-{i}/erase/manifest.json") for i in range(2)]
+    assert [one["config"]["method"]["max_train_steps"] for one in manifests] == [10, round(10 * pairs[1] / pairs[0])]
+
+
+def test_the_length_of_training_does_not_change_unless_it_is_asked(open_hardened: Callable[..., Session]) -> None:
+    assert not open_hardened().recipe.hardens.grow_steps
+    with pytest.raises(UserError, match=r"hardening\.grow_steps: the method 'by_pairs' has no max_train_steps"):
+        open_hardened("run", "hardening.grow_steps=true")
 
 
 # --- on the embedded model ----------------------------------------------------------------------------

@@ -284,6 +284,7 @@ class HardeningSettings:
     held_out: tuple[AttackRow, ...] = ()
     labels: tuple[Literal["present", "corrupted"], ...] = ("present",)  # "corrupted": what is half erased too
     least_pairs: int = 1  # of a round: where fewer come of it, the rounds end
+    grow_steps: bool = False  # the method's max_train_steps, as the pairs do: each is seen as often as in round 0
     unrelated: int = 32  # images of unrelated validation prompts, by which each round tells what it kept
 
     def __post_init__(self) -> None:

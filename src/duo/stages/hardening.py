@@ -94,6 +94,7 @@ def _edit(session: Session) -> dict[str, Any]:
 def _all_rounds(session: Session, stage: Stage) -> None:
     """From round 0 to the last, or to the one after which too little came back."""
     made = {"": session.dir.stage("pairs")}
+    first = _count(made)
     rounds, records, stopped = [Round(session, 0)], [], None
     while True:
         one = rounds[-1]
@@ -115,19 +116,23 @@ def _all_rounds(session: Session, stage: Stage) -> None:
             rundir.note(stopped)
             break
         made = {**made, f"round-{after.number}": after.dir.stage("pairs")}
-        rounds.append(after)
+        rounds.append(Round(session, after.number, grown=_count(made) / first))
     if parallel.is_main():
         _finish(stage, rounds, records, stopped)
 
 
+def _count(made: Mapping[str, Stage]) -> int:
+    """How many pairs are learned from."""
+    return sum(len(PairFiles.find(stage.folder).files) for stage in made.values())
+
+
 def _record(one: Round, made: Mapping[str, Stage], measured: Mapping[str, Any]) -> dict[str, Any]:
     """What is told of a finished round. No times: those are in `timings.jsonl`."""
-    pairs = sum(len(PairFiles.find(stage.folder).files) for stage in made.values())
     added = one.dir.stage("pairs").require("erase")["pairs"] if one.number else {}
     return {
         "round": one.number,
         "erasure": one.dir.erasure()[1],
-        "pairs": {"learned_from": pairs, "added": added},
+        "pairs": {"learned_from": _count(made), "added": added},
         **{name: measured[name] for name in ("attacks", "preservation")},
     }
 

@@ -20,7 +20,7 @@ from duo.plugins import Precision, Sampling
 from duo.rundir import note
 from duo.stages.metering import Meter, now
 from duo.stages.rounds import Round
-from duo.stages.session import MODELS, UNRELATED, Session
+from duo.stages.session import MODELS, STEPS, UNRELATED, Session
 
 HEADING = ("", "images", "denoiser", "backward", "VAE", "text enc.", "time")
 COUNTS = ("images", "denoiser", "trained", "vae", "text")  # of `Work`, that are shown
@@ -193,7 +193,9 @@ def _hardening_work(session: Session, measured: Measured) -> Iterator[Work]:
         if number:
             twins = {"denoiser": round(came_back * edited), "vae": 2 * came_back, "text": 2 * came_back}
             yield Work(name=f"{when}safe twins at most", images=came_back, **twins)
-            yield from _erase_work(session, measured, pairs=recipe.pairs.n + number * came_back, when=when)
+            pairs = recipe.pairs.n + number * came_back
+            one = Round(session, number, grown=pairs / recipe.pairs.n)
+            yield from _erase_work(one, measured, pairs=pairs, when=when)
         yield from _attack_work(Round(session, number), measured, models=1, when=when)
         drawn = 0 if session.preservation is None else settings.unrelated * (1 if number else 2)
         yield Work(name=f"{when}unrelated", images=drawn, denoiser=round(drawn * rows), vae=drawn, text=drawn)
@@ -253,7 +255,7 @@ def _measure(session: Session) -> Measured:
 def _training_step(session: Session, size: tuple[int, int]) -> float | None:
     """Seconds of the second training step of the recipe's method, in a folder that is thrown away."""
     method: Any = session.method
-    if not hasattr(method, "max_train_steps") or "images" in _passes(method, 1):
+    if not hasattr(method, STEPS) or "images" in _passes(method, 1):
         return None  # it would draw all its images first
     n = max(2, getattr(method, "train_batch_size", 2))
     grey, black = (Image.new("RGB", size, colour) for colour in ("grey", "black"))

@@ -13,21 +13,25 @@ from dataclasses import replace
 from functools import cached_property
 
 from duo import rundir
+from duo.fields import LeafConfig
 from duo.recipe import NOT_MEASURED, AttackRow, HardeningSettings, Recipe
 from duo.seeds import seed_for
-from duo.stages.session import Session
+from duo.stages.session import STEPS, Session
 from duo.stages.starts import starts_of
 
 BESIDE = " beside the pairs"  # ends the name of a set: the concept's validation prompts, and as many of the pairs'
 
 
 class Round(Session):
-    """Round `number` of a run: 0 is the plain erasure, and the last one makes no more pairs."""
+    """Round `number` of a run: 0 is the plain erasure, and the last one makes no more pairs.
 
-    def __init__(self, whole: Session, number: int) -> None:
+    `grown` is how many pairs it has for each of round 0; with `hardening.grow_steps` it trains as many times as long.
+    """
+
+    def __init__(self, whole: Session, number: int, *, grown: float = 1.0) -> None:
         self.whole, self.number = whole, number
         super().__init__(
-            _recipe(whole, number),
+            _recipe(whole, number, grown if _settings(whole).grow_steps else 1.0),
             whole.dir.path / "erase" / f"round-{number}",
             device=whole.device,
             model=whole.model,
@@ -84,12 +88,14 @@ def _settings(whole: Session) -> HardeningSettings:
     return settings
 
 
-def _recipe(whole: Session, number: int) -> Recipe:
-    """The run's recipe with the round's attacks in place of those that are scored, and a seed of its own for them."""
+def _recipe(whole: Session, number: int, longer: float) -> Recipe:
+    """The run's recipe with the round's attacks in place of those that are scored, and a seed of its own for them; its
+    method trains so many times as long."""
     settings, score = _settings(whole), whole.recipe.score
     rows = (*(_beside(row, last=number == settings.rounds) for row in settings.attacks), *settings.held_out)
     return replace(
         whole.recipe,
+        method=_longer(whole, longer),
         seed=seed_for(whole.erase_seed, "hardening", number),
         erase_seed=whole.erase_seed,
         validation=True,
@@ -99,6 +105,14 @@ def _recipe(whole: Session, number: int) -> Recipe:
         attacks=rows,
         score=replace(score.without_besides(), near_miss=0, adherence=NOT_MEASURED, unsafe_row=rows[0].row),
     )
+
+
+def _longer(whole: Session, times: float) -> LeafConfig | None:
+    method = whole.recipe.method
+    if method is None or times == 1:
+        return method
+    steps = round(times * getattr(whole.method, STEPS))
+    return replace(method, settings={**method.settings, STEPS: steps})
 
 
 def _beside(row: AttackRow, *, last: bool) -> AttackRow:

@@ -41,6 +41,7 @@ FIXED = {
     "erase": ("concept", "model", "model_config", "seed", "method", "erased", "hardening"),
     "score": ("validation", "attack_images", "block", "attacks", "reference", "score"),
 }
+STEPS = "max_train_steps"  # what a method that trains calls its length
 HARDENED = "hardened"  # in a delta's record: {"rounds", "attacks"} that the erasure was hardened by
 RECORDED_VERSIONS = ("duo-unlearning", "torch", "diffusers", "transformers", "peft", "numpy", "pillow")
 
@@ -505,6 +506,11 @@ class Session:
             raise UserError(
                 f"hardening: what comes back is learned from as pairs, and the method {self.recipe.method.name!r} "
                 "takes none; set hardening.rounds to 0, or take a method that learns from pairs"
+            )
+        if settings.grow_steps and not hasattr(self.method, STEPS):
+            raise UserError(
+                f"hardening.grow_steps: the method {self.recipe.method.name!r} has no {STEPS}, so there is nothing to "
+                "grow; set it to false"
             )
         for row in settings.attacks:
             if self.hardening[row.row].access == Access.WEIGHTS:
