@@ -64,7 +64,13 @@ results: .venv/installed
 figure4 ablations beyond relearning: RESULTS ?= docs/results/$@
 figure4 ablations beyond relearning: .venv/installed-test
 	$(BIN)/duo bench toybox-$@ --out runs/$@ --results $(RESULTS) --engine ray
-	$(if $(filter beyond relearning,$@),$(BIN)/python benchmarks/$@.py $(RESULTS),cp $(RESULTS)/figure4.svg docs/$@.svg)
+	$(TABLES)
+
+figure4 ablations: TABLES = cp $(RESULTS)/figure4.svg docs/$@.svg
+relearning: TABLES = $(BIN)/python benchmarks/relearning.py $(RESULTS)
+beyond: TABLES = $(BIN)/duo bench toybox-figure4 --only redirect/0.001,duo/0.001,duo-penalty/0.00051 --out runs/figure4 \
+  --results $(SCORED) --engine ray && $(BIN)/python benchmarks/beyond.py $(RESULTS) --scored $(SCORED)
+beyond: SCORED ?= docs/results/figure4
 
 hardening: .venv/installed
 	$(BIN)/python benchmarks/hardening.py --out runs/hardening

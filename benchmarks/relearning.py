@@ -1,4 +1,5 @@
-"""How much of the concept comes back by fine-tuning, from the cells of `duo bench toybox-relearning`: a table.
+"""How much of the concept comes back by fine-tuning, from the cells of `duo bench toybox-relearning`: the table of
+docs/beyond.md.
 
     python benchmarks/relearning.py docs/results/relearning
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from pages import put
 
 from duo.report.tradeoff.cells import CORRUPTED, PRESENT, Attacked, Results, read_results
 
@@ -56,7 +59,9 @@ def table(results: Results) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="?", default=Path("docs/results/relearning"))
-    print(table(read_results(parser.parse_args().results)))
+    parser.add_argument("--page", type=Path, default=Path("docs/beyond.md"))
+    given = parser.parse_args()
+    put(given.page, table(read_results(given.results)), by="relearning")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from typing import Any
 
 import speed_attacks
 import torch
+from pages import put
 from results import machine
 from speed_models import SIZES, real_size
 from speed_training import AUTHORS, DIFFUSERS, Loop, Stamped, Steps
@@ -45,7 +46,6 @@ from duo.report import write_report
 from duo.rundir import write_json
 
 PAIRS = 8
-BEGIN, END = "<!-- made by make bench -->", "<!-- end of what make bench made -->"
 NO_GPU = "not measured: no GPU"
 HEADS = ("case", "a unit of work", "peer, ms", "ours, ms", "ours a second", "peer / ours", "memory MiB, peer / ours")
 
@@ -345,13 +345,6 @@ def line(name: str, found: Mapping[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def put_between(text: str, made: str) -> str:
-    """`text` with `made` between the two marks, which it must have."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{made}\n{END}{after}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=CASES, action="append", help="this case; may be given several times")
@@ -391,7 +384,7 @@ def main() -> None:
     if given.docs:
         told = f"{whole['machine']}, commit {whole['commit'][:7]}{', dirty' if whole.get('dirty') else ''}"
         head = f"{told}, torch {whole['torch']}, {given.threads} thread(s), load before {whole['load_before']:.1f}:\n\n"
-        given.docs.write_text(put_between(given.docs.read_text(), head + "\n".join(rows)))
+        put(given.docs, head + "\n".join(rows), by="bench")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ DIGEST = "1d753ba3faf1faf3f4cf2f4c5a0790573a1660dae8eb53f83b81be7f15103b65"
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    for name in ("agreement", "results", "tune"):
+    for name in ("agreement", "beyond", "pages", "relearning", "results", "tune"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -102,3 +102,17 @@ def test_the_trials_that_chose_the_demo_can_be_repeated() -> None:
     told = [(row["steps"], row["config"]) for row in rows]
     assert told == [*tune.SECOND, *tune.THIRD]
     assert {row["seed"] for row in rows[len(tune.SECOND) :]} == {tune.load_recipe("toybox-fire").seed}
+
+
+def test_the_tables_of_the_objectives_are_what_their_cells_say() -> None:
+    import beyond
+    import relearning
+
+    from duo.report.tradeoff.cells import read_results
+
+    page = (ROOT / "docs/beyond.md").read_text()
+    found = beyond.study(read_results(RESULTS / "beyond"))
+    assert "\n".join(beyond.study_table(found)) in page
+    assert all(abs(sum(its.parts) - its.total) < 1e-9 and len(its.parts) == len(beyond.PARTS) for _, its in found)
+    assert "\n".join(beyond.scored_table(read_results(RESULTS / "figure4"))) in page
+    assert relearning.table(read_results(RESULTS / "relearning")) in page

@@ -18,6 +18,7 @@ OWN = (
     "growth",
     "growth_points",
     "noise_bank",
+    "pages",
     "results",
     "scale",
     "speed",
@@ -138,13 +139,14 @@ def test_the_sides_take_turns_and_the_first_round_is_not_counted() -> None:
 
 
 def test_what_has_no_gpu_says_so_and_the_table_is_put_between_the_marks() -> None:
+    import pages
     import speed
 
     row = speed.line("training FLUX", {"not_measured": speed.NO_GPU})
     assert row == "| training FLUX | not measured: no GPU | | | | | |"
     page = (ROOT / "docs" / "performance.md").read_text()
-    changed = speed.put_between(page, row)
-    assert speed.put_between(changed, row) == changed
+    changed = pages.put_between(page, row, by="bench")
+    assert pages.put_between(changed, row, by="bench") == changed
     assert changed.count(row) == 1 and changed.endswith(page[-40:])
 
 

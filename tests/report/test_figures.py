@@ -62,3 +62,31 @@ def test_the_ideal_of_shared_work_falls_as_more_do_it() -> None:
 
 def test_running_mean_is_of_the_last_values() -> None:
     assert figures._running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+
+
+def test_bars_are_as_long_as_their_parts_together_and_say_so() -> None:
+    svg = figures.stacked({"one": (0.1, 0.25), "two": (0.5, 0.0)}, ("fire", "spoiled"), what="What is minimised")
+    assert "> 0.35<" in svg and "> 0.50<" in svg
+    assert svg.index(">one<") < svg.index(">two<")
+    assert all(f">{text}<" in svg for text in ("fire", "spoiled"))
+    assert figures.SERIES[1] in svg and figures.SERIES[2] not in svg, "a colour for each part"
+
+
+def test_dots_stand_at_means_with_a_line_from_least_to_most() -> None:
+    panels = {"fire": {"DUO": [[10.0, 30.0], [0.0]], "ours": [[20.0], [50.0]]}}
+    svg = figures.dots(["plain prompts", "P4D"], panels, what="On the scored set")
+    assert all(f">{text}<" in svg for text in ("fire", "DUO", "ours", "plain prompts", "P4D", "25%"))
+    same = {"fire": {"DUO": [[20.0, 20.0], [0.0]], "ours": [[20.0], [50.0]]}}
+    other = figures.dots(["plain prompts", "P4D"], same, what="On the scored set")
+    marks = [
+        [use.get("x") for use in ElementTree.fromstring(one).iter("{http://www.w3.org/2000/svg}use")]
+        for one in (svg, other)
+    ]
+    assert marks[0] == marks[1], "means are the same"
+    assert svg != other, "and the lines are not"
+
+
+def test_a_figure_that_stands_alone_has_a_background_and_a_dark_theme() -> None:
+    svg = figures.standing_alone(figures.tradeoff(_points()), "alone")
+    assert ElementTree.fromstring(svg).get("id") == "alone"
+    assert f"#alone {{ background: {figures.PAPER}; }}" in svg and "prefers-color-scheme: dark" in svg

@@ -382,10 +382,10 @@ def test_the_figure_is_well_formed_and_names_everything(made_up: Path) -> None:
 
 
 def test_each_method_has_a_mark_of_its_own() -> None:
-    from duo.report.tradeoff import figure as figure4
+    from duo.report import figures
 
-    assert len(set(figure4.COLOURS)) >= 7 and len(set(figure4.MARKERS)) >= 7
-    assert set(figure4.COLOURS) <= set(figure4.DARK)
+    assert len(set(figures.COLOURS)) >= 7 and len(set(figures.MARKERS)) >= 7
+    assert set(figures.COLOURS) <= set(figures.DARK)
 
 
 def test_the_tables_have_a_row_for_each_method_and_say_what_is_missing(made_up: Path) -> None:

@@ -23,6 +23,34 @@ if TYPE_CHECKING:
 INK, MUTED, GRID = "#1b2430", "#5a6575", "#d5dbe3"
 ORIGINAL, ERASED = "#7a8798", "#c4500a"
 SERIES = ("#c4500a", "#0b66ad", "#0d7f5f", "#8a4fb0")
+PAPER = "#ffffff"
+MORE = (
+    "#8f6a00",
+    "#c2417c",
+    "#7d5a44",
+    "#5b8c00",
+    "#4b5563",
+    "#c81e1e",
+)  # for more methods than other figures have series
+COLOURS = (*SERIES, *MORE)
+MARKERS = "osD^vPX*ph<>"
+DARK = {  # as report.css has them
+    PAPER: "#14181e",
+    INK: "#e8ebef",
+    MUTED: "#a3adba",
+    GRID: "#323b47",
+    COLOURS[0]: "#ff9152",
+    COLOURS[1]: "#6fb7f2",
+    COLOURS[2]: "#58c9a4",
+    COLOURS[3]: "#cc9cec",
+    COLOURS[4]: "#e3bd52",
+    COLOURS[5]: "#f58bbb",
+    COLOURS[6]: "#d0a88f",
+    COLOURS[7]: "#a5cf55",
+    COLOURS[8]: "#c3cad4",
+    COLOURS[9]: "#ff7b72",
+}
+FONT = 'ui-sans-serif, system-ui, -apple-system, "Segoe UI", "Noto Sans", "Helvetica Neue", Arial, sans-serif'
 
 CURVE_TITLES = {
     "loss": "Loss",
@@ -182,6 +210,54 @@ def hardening_rounds(hardening: Hardening, *, of: str = "validation prompts") ->
         return _svg(figure, "hardening", "Hardening: how often each attack brings the concept back, and what is kept.")
 
 
+def stacked(bars: Mapping[str, Sequence[float]], parts: Sequence[str], *, what: str) -> str:
+    """A bar for each name, the first on top, of its parts one after the other; the sum stands behind it."""
+    with _canvas(8.6, 1.0 + 0.24 * len(bars)) as figure:
+        axes = figure.subplots()
+        places = range(len(bars))
+        ends = [0.0] * len(bars)
+        for part, values, colour in zip(parts, zip(*bars.values(), strict=True), COLOURS, strict=False):
+            axes.barh(places, values, left=ends, height=0.72, color=colour, label=part)
+            ends = [end + value for end, value in zip(ends, values, strict=True)]
+        for place, end in zip(places, ends, strict=True):
+            axes.text(end, place, f" {end:.2f}", va="center", fontsize=8, color=MUTED)
+        axes.set_yticks(places, list(bars), fontsize=8.5)
+        axes.set_ylim(len(bars) - 0.4, -0.6)
+        axes.set_xlim(0, 1.08 * max(ends))
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
+        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+        return _svg(figure, "stacked", f"{what}.")
+
+
+def dots(
+    rows: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], *, what: str, unit: str = "%"
+) -> str:
+    """A panel for each title: of each series and row a dot at the mean of its values, and a line from least to most."""
+    with _canvas(1.6 + 3.5 * len(panels), 1.0 + 0.5 * len(rows)) as figure:
+        shown = figure.subplots(1, len(panels), squeeze=False, sharey=True).ravel()
+        for axes, (title, series) in zip(shown, panels.items(), strict=True):
+            for index, (name, values) in enumerate(series.items()):
+                colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+                places = [place + 0.16 * (index - (len(series) - 1) / 2) for place in range(len(rows))]
+                for place, own in zip(places, values, strict=True):
+                    axes.plot([min(own), max(own)], [place, place], color=colour, linewidth=1.2, alpha=0.6)
+                means = [sum(own) / len(own) for own in values]
+                axes.plot(means, places, marker, color=colour, markersize=5.5, label=name, clip_on=False)
+            axes.set_title(title, loc="left", fontsize=10.5, color=INK)
+            axes.set_xlim(-3, 106)
+            axes.set_xticks((0, 25, 50, 75, 100), [f"{tick}{unit}" for tick in (0, 25, 50, 75, 100)])
+            axes.grid(axis="x", color=GRID, linewidth=0.8)
+            for place in range(1, len(rows)):
+                axes.axhline(place - 0.5, color=GRID, linewidth=0.5)
+        figure.set_layout_engine("constrained", wspace=0.06)  # the last label of a panel is as wide as that
+        shown[0].set_yticks(range(len(rows)), list(rows))
+        shown[0].set_ylim(len(rows) - 0.5, -0.5)
+        figure.legend(
+            *shown[0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False, fontsize=9
+        )
+        return _svg(figure, "dots", f"{what}: {', '.join(panels)}.")
+
+
 def training_curves(curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     """Small multiples of what the training logged: each value faint, its running mean over 5% of the rows strong."""
     with _canvas(7.6, 2.1 * ((len(curves) + 1) // 2)) as figure:
@@ -288,3 +364,18 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     text = buffer.getvalue()
     label = html.escape(description, quote=True)
     return text[text.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def standing_alone(svg: str, name: str) -> str:
+    """The figure as a file of its own: with a background, and where the reader asks for dark in other colours.
+
+    Rules on colours name no ancestor, for they would not reach the marks, which are used from `<defs>`.
+    """
+    rules = [f"#{name} {{ background: {PAPER}; }}", f"#{name} text {{ font-family: {FONT} !important; }}"]
+    dark = [f"#{name} {{ background: {DARK[PAPER]}; }}"]
+    for light, other in DARK.items():
+        dark += [f'[style*="{key}: {light}"] {{ {key}: {other} !important; }}' for key in ("fill", "stroke")]
+    style = "\n".join([*rules, "@media (prefers-color-scheme: dark) {", *dark, "}"])
+    svg = svg.replace("<svg ", f'<svg id="{name}" ', 1)
+    start = svg.index(">", svg.index("<svg")) + 1
+    return f"{svg[:start]}\n<style>\n{style}\n</style>{svg[start:]}"

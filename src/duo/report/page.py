@@ -31,7 +31,6 @@ from duo.report.plain_text import shown, visible
 from duo.report.quality import protocols
 from duo.report.records import MODELS, Attack, RunRecords, Scores
 from duo.report.toml_text import toml_text
-from duo.report.tradeoff.figure import MORE, PAPER
 from duo.report.warnings import cautions
 from duo.report.wording import (
     ALL_ATTRIBUTES,
@@ -68,8 +67,8 @@ THEMED = {
     figures.SERIES[1]: "var(--second)",
     figures.SERIES[2]: "var(--third)",
     figures.SERIES[3]: "var(--fourth)",
-    **dict(zip(MORE, [f"var(--{name})" for name in NAMED], strict=True)),
-    PAPER: "var(--paper)",
+    **dict(zip(figures.MORE, [f"var(--{name})" for name in NAMED], strict=True)),
+    figures.PAPER: "var(--paper)",
 }
 
 

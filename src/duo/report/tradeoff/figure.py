@@ -1,7 +1,6 @@
 """Figure 4 as SVG: a panel for each attack, for the worst case over them, and for clean outcomes. No torch.
 
-Methods differ by marker and colour, and filled marks are on the Pareto front. The figure brings its own dark theme, for
-it is shown as a file of its own.
+Methods differ by marker and colour, and filled marks are on the Pareto front.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from duo.report.figures import GRID, INK, MUTED, SERIES, _canvas, _svg
+from duo.report.figures import COLOURS, GRID, INK, MARKERS, MUTED, PAPER, _canvas, _svg, standing_alone
 from duo.report.tradeoff.words import method_words, panel_title
 from duo.report.wording import percent
 
@@ -20,40 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.legend import Legend
 
-PAPER = "#ffffff"
-MORE = (
-    "#8f6a00",
-    "#c2417c",
-    "#7d5a44",
-    "#5b8c00",
-    "#4b5563",
-    "#c81e1e",
-)  # for more methods than other figures have series
-COLOURS = (*SERIES, *MORE)
-MARKERS = "osD^vPX*ph<>"
 FRONT: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (4, 2))}
 NEVER: dict[str, Any] = {"linewidth": 1.3, "linestyle": ":"}
-DARK = {  # as report.css has them
-    PAPER: "#14181e",
-    INK: "#e8ebef",
-    MUTED: "#a3adba",
-    GRID: "#323b47",
-    COLOURS[0]: "#ff9152",
-    COLOURS[1]: "#6fb7f2",
-    COLOURS[2]: "#58c9a4",
-    COLOURS[3]: "#cc9cec",
-    COLOURS[4]: "#e3bd52",
-    COLOURS[5]: "#f58bbb",
-    COLOURS[6]: "#d0a88f",
-    COLOURS[7]: "#a5cf55",
-    COLOURS[8]: "#c3cad4",
-    COLOURS[9]: "#ff7b72",
-}
 # Preservation is drawn on a logarithmic scale of what is lost, for most of the field lies within a few hundredths of 1;
 # what is lost below NOTHING is drawn together.
 NOTHING = 0.002
 TICKS = (0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.995, 1)
-FONT = 'ui-sans-serif, system-ui, -apple-system, "Segoe UI", "Noto Sans", "Helvetica Neue", Arial, sans-serif'
 
 
 def figure4(analysis: Mapping[str, Any]) -> str:
@@ -92,7 +63,7 @@ def figure4(analysis: Mapping[str, Any]) -> str:
         )
         figure.supylabel("images without the concept: higher is better", color=MUTED, fontsize=10)
         _key(figure, places[0], styles, never=any(panel["never"] for panel in panels))
-        return _themed(_svg(figure, "figure4", _spoken(panels, analysis)))
+        return standing_alone(_svg(figure, "figure4", _spoken(panels, analysis)), "figure4")
 
 
 def _draw(axes: Axes, panel: Mapping[str, Any], styles: Mapping[str, Any], analysis: Mapping[str, Any]) -> None:
@@ -198,18 +169,3 @@ def _spoken(panels: Sequence[Mapping[str, Any]], analysis: Mapping[str, Any]) ->
     ]
     areas = f" Area under each method's points between {low:g} and {high:g}. {'; '.join(said)}." if said else ""
     return f"Defence success against preservation, a panel for each attack.{areas}"
-
-
-def _themed(svg: str) -> str:
-    """The figure with a background and, where the reader asks for dark, other colours.
-
-    Rules on colours name no ancestor, for they would not reach the marks, which are used from `<defs>`.
-    """
-    rules = [f"#figure4 {{ background: {PAPER}; }}", f"#figure4 text {{ font-family: {FONT} !important; }}"]
-    dark = [f"#figure4 {{ background: {DARK[PAPER]}; }}"]
-    for light, other in DARK.items():
-        dark += [f'[style*="{key}: {light}"] {{ {key}: {other} !important; }}' for key in ("fill", "stroke")]
-    style = "\n".join([*rules, "@media (prefers-color-scheme: dark) {", *dark, "}"])
-    svg = svg.replace("<svg ", '<svg id="figure4" ', 1)
-    start = svg.index(">", svg.index("<svg")) + 1
-    return f"{svg[:start]}\n<style>\n{style}\n</style>{svg[start:]}"
