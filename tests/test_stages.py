@@ -904,3 +904,10 @@ def test_a_recipe_may_have_pair_prompts_of_its_own(open_session: Any) -> None:
 def test_pair_prompts_of_a_sexual_recipe_may_not_mention_minors(open_session: Any) -> None:
     with pytest.raises(UserError, match=r"pairs\.prompts\[0\]\[0\]"):
         open_session("own", 'pairs.prompts=[["a naked schoolgirl", "a person"]]')
+
+
+def test_a_recipe_may_be_given_by_its_name(tmp_path: Path) -> None:
+    session = Session("toybox-fire", str(tmp_path / "run"))
+    assert (session.recipe.concept, session.dir.path) == ("toybox-fire", tmp_path / "run")
+    with pytest.raises(UserError, match=r"no recipe is called 'toybox-fier'.*toybox-fire"):
+        Session("toybox-fier", tmp_path)

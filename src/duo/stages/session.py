@@ -25,7 +25,7 @@ from duo.pairs import ENDINGS
 from duo.plugins import Access, Family, Judge, Metric, Precision
 from duo.precision import prepare_denoiser
 from duo.promptsets import PromptFile, PromptRow, PromptSource, read_prompts
-from duo.recipe import FEWEST_CAPTIONS, NOT_MEASURED, AttackRow, Recipe, is_caption_file
+from duo.recipe import FEWEST_CAPTIONS, NOT_MEASURED, AttackRow, Recipe, is_caption_file, load_recipe
 from duo.refusal import refuse_where_sexual, refused, texts_of, words_of
 from duo.rundir import RunDir, Stage, StageRun
 from duo.seeds import seed_for
@@ -49,19 +49,20 @@ RECORDED_VERSIONS = ("duo-unlearning", "torch", "diffusers", "transformers", "pe
 class Session:
     """A recipe at work in a run folder: its concept, its model and its leaves, each made when first asked for.
 
-    Everything that a mistake could be in, the weights apart, is read and checked at once. `model` may be given where it
-    is loaded already; `command` is what a report says makes the run again.
+    Everything that a mistake could be in, the weights apart, is read and checked at once. `recipe` may be the name of a
+    shipped recipe, or the path of a file, as `load_recipe` takes them. `model` may be given where it is loaded already; `command` is what a report says makes the run again.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        out: Path,
+        recipe: Recipe | str | Path,
+        out: str | Path,
         *,
         device: torch.device | str = "cpu",
         model: Family | None = None,
         command: str = 'duo.run(duo.Session(recipe, Path("runs/again")))',
     ) -> None:
+        recipe, out = recipe if isinstance(recipe, Recipe) else load_recipe(recipe), Path(out)
         self.command = command
         self.device = usable_device(parallel.start(str(device)))
         self._model = model
