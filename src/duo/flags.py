@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import NoReturn
 
@@ -339,15 +340,21 @@ def _bound(text: str) -> tuple[str, float]:
 
 
 def _share(text: str) -> float:
-    """A number; whether it is from 0 to 1 is the gate's to say. Of one in percent the hint is the share."""
+    """A finite number; whether it is from 0 to 1 is the gate's to say. Of one in percent the hint is the share."""
+    told = text.strip()
+    meant = _number(told.removesuffix("%"))
+    if meant is not None and not told.endswith("%"):
+        return meant
+    example = "0.05 for 5%" if meant is None else f"{meant / 100:g}"
+    raise argparse.ArgumentTypeError(f"{text!r} is no share, such as {example}")
+
+
+def _number(text: str) -> float | None:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        try:
-            meant = f"{float(text.strip().removesuffix('%')) / 100:g}"
-        except ValueError:
-            meant = "0.05 for 5%"
-        raise argparse.ArgumentTypeError(f"{text!r} is no share, such as {meant}") from None
+        return None
+    return number if isfinite(number) else None
 
 
 def _device_flag(parser: argparse.ArgumentParser) -> None:

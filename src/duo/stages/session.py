@@ -50,8 +50,8 @@ class Session:
     """A recipe at work in a run folder: its concept, its model and its leaves, each made when first asked for.
 
     Everything that a mistake could be in, the weights apart, is read and checked at once. `recipe` may be the name of a
-    shipped recipe, or the path of a file, as `load_recipe` takes them. `model` may be given where it
-    is loaded already; `command` is what a report says makes the run again.
+    shipped recipe, or the path of a file, as `load_recipe` takes them. `model` may be given where it is loaded already;
+    `command` is what a report says makes the run again.
     """
 
     def __init__(
