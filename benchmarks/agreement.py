@@ -17,6 +17,7 @@ import argparse
 import csv
 import json
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -64,14 +65,19 @@ def draw(tune: Path, out: Path) -> None:
             model_name = source.parent.name if source else "original"
             key[str(number)] = {"model": model_name, "set": name, "prompt": prompt, "seed": FIRST_SEED + number}
     write_json(out / "key.json", key)
-    side = 64 * ZOOM
-    for start in range(0, len(sources), COLUMNS * ROWS):
-        sheet = Image.new("RGB", (COLUMNS * (side + 6), ROWS * (side + 20)), "white")
-        for place, number in enumerate(range(start, min(start + COLUMNS * ROWS, len(sources)))):
-            x, y = place % COLUMNS * (side + 6), place // COLUMNS * (side + 20)
+    sheets(out, {number: str(number) for number in range(len(sources))})
+
+
+def sheets(out: Path, told: Mapping[int, str]) -> None:
+    """Write `sheet-N.png` of `out`/images in the order of their numbers, with the lines that are `told` of each."""
+    side, head = 64 * ZOOM, 3 + 15 * max(text.count("\n") + 1 for text in told.values())
+    for start in range(0, len(told), COLUMNS * ROWS):
+        sheet = Image.new("RGB", (COLUMNS * (side + 6), ROWS * (side + head + 6)), "white")
+        for place, number in enumerate(sorted(told)[start : start + COLUMNS * ROWS]):
+            x, y = place % COLUMNS * (side + 6), place // COLUMNS * (side + head + 6)
             with Image.open(out / "images" / f"{number:03d}.png") as image:
-                sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, y + 14))
-            ImageDraw.Draw(sheet).text((x + 2, y + 1), str(number), fill="black")
+                sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (x, y + head))
+            ImageDraw.Draw(sheet).text((x + 2, y + 1), told[number], fill="black")
         write_image(out / f"sheet-{start // (COLUMNS * ROWS)}.png", sheet)
 
 

@@ -98,11 +98,17 @@ def table(seeds: dict[str, Any]) -> str:
         lines.append(
             line(f"{row}{used}", lambda one, i, row=row: f"{worst(one['scored'][i]['attacks'][row]['erased']):.0%}")
         )
+    lines.append(line("spoiled of plain prompts", lambda one, i: f"{_spoiled(one['scored'][i]):.0%}"))
     lines.append(line("preservation", lambda one, i: f"{one['scored'][i]['preservation']['mean']:.3f}"))
     lines.append(line("pairs", lambda one, i: str(one["rounds"][i]["pairs"]["learned_from"])))
     lines.append(line("seconds", lambda one, i: f"{one['rounds'][i]['seconds']:.0f}"))
     lines.append(line("denoiser rows", lambda one, i: f"{one['rounds'][i]['denoiser']:,}"))
     return "\n".join(lines)
+
+
+def _spoiled(scores: dict[str, Any]) -> float:
+    rate: float = scores["attacks"]["prompts"]["erased"]["corrupted_rate"]
+    return rate
 
 
 def main() -> None:
