@@ -18,7 +18,7 @@ DIGEST = "1d753ba3faf1faf3f4cf2f4c5a0790573a1660dae8eb53f83b81be7f15103b65"
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    for name in ("agreement", "beyond", "pages", "relearning", "results", "tune"):
+    for name in ("agreement", "beyond", "blind", "pages", "relearning", "results", "tune"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -116,3 +116,18 @@ def test_the_tables_of_the_objectives_are_what_their_cells_say() -> None:
     assert all(abs(sum(its.parts) - its.total) < 1e-9 and len(its.parts) == len(beyond.PARTS) for _, its in found)
     assert "\n".join(beyond.scored_table(read_results(RESULTS / "figure4"))) in page
     assert relearning.table(read_results(RESULTS / "relearning")) in page
+
+
+def test_what_was_seen_blind_is_what_the_labels_say() -> None:
+    import csv
+
+    import blind
+
+    with (RESULTS / "blind.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    who = [name for name in rows[0] if name in blind.ROLES or name.startswith("eye_")]
+    told = blind.summary([row["model"] for row in rows], {name: [row[name] for row in rows] for name in who})
+    assert {name: read("blind.json")[name] for name in told} == told
+    assert len(rows) == 3 * blind.EACH
+    asked = {model: {(row["prompt"], row["seed"]) for row in rows if row["model"] == model} for model in told["models"]}
+    assert asked["never"] == asked["redirect"] == asked["duo"], "the same prompts and noise"
