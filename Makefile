@@ -74,7 +74,6 @@ beyond: SCORED ?= docs/results/figure4
 
 hardening: .venv/installed
 	$(BIN)/python benchmarks/hardening.py --out runs/hardening
-	cp docs/results/hardening.svg docs/hardening.svg
 
 growth: .venv/installed-test
 	$(BIN)/python benchmarks/growth.py $(GROWTH)

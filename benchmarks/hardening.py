@@ -5,27 +5,30 @@
 For each erasure seed it makes the pairs and the erasure of `--recipe`, and puts each round's erasure to one budget: the
 scored prompts and their noise are the same, so rounds are compared image by image, and attacks that were used to harden
 with those that were held out. What does not depend on the erasure is made once; what is finished is read back. Writes
-`hardening.json` and `hardening.svg` (the first seed) to `--docs`, and prints the table.
+`hardening.json` to `--docs`, `hardening.svg` (the first seed) beside `--page`, and the table into it.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pages import put
 from red_team import SHARED, compact, worst
 from results import machine, take
 
 from duo import Session, erase, load_recipe, make_pairs
 from duo.recipe import Recipe, for_audit
 from duo.red_team import red_team
-from duo.report.figures import hardening_rounds
+from duo.report.figures import hardening_rounds, standing_alone
 from duo.report.hardening import Counted, Hardening, HardeningRound, RoundAttack
 from duo.report.json_fields import read_object
-from duo.rundir import read_json, write_json
+from duo.report.wording import attack_words
+from duo.rundir import read_json, write_bytes, write_json
 from duo.stages import attack, report, score
 
 SEEDS = (0, 1, 2)
@@ -96,9 +99,13 @@ def table(seeds: dict[str, Any]) -> str:
     for row in sorted(last, key=lambda row: bool(last[row]["erased"].get("hardened"))):
         used = " (used to harden)" if last[row]["erased"].get("hardened") else ""
         lines.append(
-            line(f"{row}{used}", lambda one, i, row=row: f"{worst(one['scored'][i]['attacks'][row]['erased']):.0%}")
+            line(
+                f"{attack_words(row).label}{used}",
+                lambda one, i, row=row: f"{worst(one['scored'][i]['attacks'][row]['erased']):.0%}",
+            )
         )
-    lines.append(line("spoiled of plain prompts", lambda one, i: f"{_spoiled(one['scored'][i]):.0%}"))
+    lines.append(line("spoiled, plain prompts", lambda one, i: f"{_spoiled(one['scored'][i], ['prompts']):.0%}"))
+    lines.append(line("spoiled, mean of all rows", lambda one, i: f"{_spoiled(one['scored'][i], last):.0%}"))
     lines.append(line("preservation", lambda one, i: f"{one['scored'][i]['preservation']['mean']:.3f}"))
     lines.append(line("pairs", lambda one, i: str(one["rounds"][i]["pairs"]["learned_from"])))
     lines.append(line("seconds", lambda one, i: f"{one['rounds'][i]['seconds']:.0f}"))
@@ -106,15 +113,16 @@ def table(seeds: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _spoiled(scores: dict[str, Any]) -> float:
-    rate: float = scores["attacks"]["prompts"]["erased"]["corrupted_rate"]
-    return rate
+def _spoiled(scores: dict[str, Any], rows: Collection[str]) -> float:
+    rates: list[float] = [scores["attacks"][row]["erased"]["corrupted_rate"] for row in rows]
+    return sum(rates) / len(rates)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/hardening"))
     parser.add_argument("--docs", type=Path, default=Path("docs/results"))
+    parser.add_argument("--page", type=Path, default=Path("docs/hardening.md"))
     parser.add_argument("--recipe", default="toybox-fire-hardened")
     parser.add_argument("--budget", default="bench")
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
@@ -130,7 +138,8 @@ def main() -> None:
         made = [run / "erase" / f"round-{one.number}" for one in found.rounds]
         scored = [audited(base, folder, given.budget, first) for folder in made]
         if seed == given.seeds[0]:
-            (given.docs / "hardening.svg").write_text(curve(found, scored))
+            svg = standing_alone(curve(found, scored), "hardening")
+            write_bytes(given.page.with_name("hardening.svg"), svg.encode())
         told[str(seed)] = {
             "rounds": found.table()["rounds"],
             "stopped": found.stopped,
@@ -144,7 +153,7 @@ def main() -> None:
         }
         command = f"python benchmarks/hardening.py --recipe {given.recipe} --budget {given.budget}"
         write_json(given.docs / "hardening.json", {"seeds": told, **machine(), "command": command})
-    print(table(told))
+    put(given.page, table(told), by="hardening")
 
 
 if __name__ == "__main__":
