@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     given = parser.parse_args()
     found, figure4 = study(read_results(given.results)), read_results(given.scored)
-    if not found:
+    if not found or not scored(figure4):
         raise SystemExit("no erasure has all its cells yet; `make beyond` goes on")
     bars = {f"{one.method}, seed {one.seed}": its.parts for one, its in found}
     what = "What the study minimises, contender by contender"

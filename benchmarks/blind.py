@@ -53,7 +53,7 @@ def draw(erased: Mapping[str, Sequence[Path]], out: Path) -> None:
         model = load_family("toybox-never-fire" if name == NEVER else recipe.model, device="cpu")
         sources = erased.get(name, [None])
         for turn, source in enumerate(sources):
-            mine = range(turn, EACH, len(sources))
+            mine = [i for i in range(EACH) if i // len(SETS) % len(sources) == turn]  # both sets
             with Delta.load(source).attached(model) if source else nullcontext():
                 images = model.generate(
                     [asked[i][1] for i in mine],
@@ -126,6 +126,8 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, nargs="+", default=[])
     parser.add_argument("--docs", type=Path, default=Path("docs/results"))
     given = parser.parse_args()
+    if given.step == "compare" and not given.labels:
+        parser.error("compare needs --labels, a file of each rater")
     torch.set_num_threads(1)
     if given.step == "draw":
         erased: dict[str, list[Path]] = {}

@@ -26,6 +26,7 @@ from duo.plugins import Access, Verdict
 from duo.recipe import for_audit, load_recipe
 from duo.red_team import red_team
 from duo.stages import Session, attack, erase, make_pairs, plan, report, score
+from duo.stages.planning import plan_erasure
 from duo.stages.rounds import Round
 from duo.stages.starts import starts_of
 from duo.statistics import wilson
@@ -609,6 +610,8 @@ def test_a_plan_counts_every_round(open_hardened: Callable[..., Session]) -> Non
     assert (images["round 0: attack: word"], images["round 1: attack: word"]) == (8 + 4, 4 + 2)
     assert images["round 1: safe twins at most"] == 4 + 2, "half of the images of both attacks"
     assert (images["round 0: unrelated"], images["round 1: unrelated"]) == (4, 2)
+    alone = [line.rsplit(maxsplit=6)[0] for line in plan_erasure(open_hardened())]
+    assert [name for name in alone if name.startswith("round ")] == list(counts), "`duo erase` does all rounds"
 
 
 def test_training_may_grow_with_the_pairs(open_hardened: Callable[..., Session]) -> None:

@@ -75,8 +75,7 @@ def plan_erasure(session: Session, *, runs: int | None = None, drawings: int = 1
 
     The images that the method draws for itself are drawn so many times, `drawings`.
     """
-    once = partial(_erase_work, pairs=session.recipe.pairs.n)
-    return _plan(session, once if runs is None else partial(_search_work, runs=runs, drawings=drawings))
+    return _plan(session, _stage_work if runs is None else partial(_search_work, runs=runs, drawings=drawings))
 
 
 def _plan(session: Session, work: Callable[[Session, Measured], Iterator[Work]]) -> list[str]:
@@ -121,9 +120,7 @@ def _work(session: Session, measured: Measured) -> Iterator[Work]:
         edited = measured.rows(int((recipe.pairs.strength or 1) * steps))
         texts = len({text for both in session.pair_prompts for text in both} | {""})
         yield Work(name="pairs", images=2 * n, denoiser=round(n * (rows + edited)), vae=3 * n, text=texts)
-    yield from _erase_work(session, measured, pairs=n)
-    if recipe.hardens is not None:
-        yield from _hardening_work(session, measured)
+    yield from _stage_work(session, measured)
     yield from _attack_work(session, measured, models=len(session.models))
     sets = [len(session.prompts(UNRELATED)), *(len(near.prompts) for near in session.near_misses.values())]
     images = len(MODELS) * (recipe.score.unrelated + recipe.score.near_miss * len(session.near_misses))
@@ -135,6 +132,13 @@ def _work(session: Session, measured: Measured) -> Iterator[Work]:
     if twins := min(session.twins, unsafe):
         edited = measured.rows(int((recipe.pairs.strength or 1) * steps))
         yield Work(name="score: safe twins", images=twins, denoiser=round(twins * edited), vae=2 * twins, text=twins)
+
+
+def _stage_work(session: Session, measured: Measured) -> Iterator[Work]:
+    """The erase stage: one erasure, and its rounds of hardening."""
+    yield from _erase_work(session, measured, pairs=session.recipe.pairs.n)
+    if session.recipe.hardens is not None:
+        yield from _hardening_work(session, measured)
 
 
 def _erase_work(session: Session, measured: Measured, *, pairs: int, when: str = "") -> Iterator[Work]:
