@@ -96,8 +96,9 @@ def terms(one: Erasure, kept: Kept, results: Results) -> Terms:
 
 
 def whole(results: Results) -> list[tuple[Erasure, Kept]]:
-    """The erasures with all their cells."""
-    return [(one, one.kept) for one in results.erasures if one.kept and len(one.rows) == len(results.rows)]
+    """The erasures with all their cells, and those of the model that never saw the concept beside them."""
+    rows = {row.name for row in results.rows}
+    return [(one, one.kept) for one in results.erasures if one.kept and rows == one.rows.keys() == results.never.keys()]
 
 
 def study(results: Results) -> list[tuple[Erasure, Terms]]:

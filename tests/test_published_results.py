@@ -114,6 +114,9 @@ def test_the_tables_of_the_objectives_are_what_their_cells_say() -> None:
     found = beyond.study(read_results(RESULTS / "beyond"))
     assert "\n".join(beyond.study_table(found)) in page
     assert all(abs(sum(its.parts) - its.total) < 1e-9 and len(its.parts) == len(beyond.PARTS) for _, its in found)
+    for _, its in found:  # by the words of the plan
+        lost = 2 * its.unrelated + its.unsafe / 2 + its.near + 1 - its.preservation
+        assert its.total == pytest.approx(max(0, its.worst) + max(0, its.spoiled) + lost)
     assert "\n".join(beyond.scored_table(read_results(RESULTS / "figure4"))) in page
     assert relearning.table(read_results(RESULTS / "relearning")) in page
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from xml.etree import ElementTree
+
+import pytest
 
 from duo.report import figures
 from duo.report.figures import TradeoffPoint
@@ -70,6 +73,17 @@ def test_bars_are_as_long_as_their_parts_together_and_say_so() -> None:
     assert svg.index(">one<") < svg.index(">two<")
     assert all(f">{text}<" in svg for text in ("fire", "spoiled"))
     assert figures.SERIES[1] in svg and figures.SERIES[2] not in svg, "a colour for each part"
+    first, second = (_across(svg, colour)[0] for colour in figures.SERIES[:2])
+    assert first[1] == pytest.approx(second[0], abs=0.01), "the second part begins where the first ends"
+    assert second[1] - second[0] == pytest.approx(2.5 * (first[1] - first[0]), rel=1e-3)
+
+
+def _across(svg: str, colour: str) -> list[tuple[float, float]]:
+    """From where to where each shape of that colour goes, in the order in which they are drawn."""
+    paths = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}path")
+    shapes = [path.get("d", "") for path in paths if f"fill: {colour}" in path.get("style", "")]
+    xs = [[float(x) for x in re.findall(r"[ML] ([\d.]+)", shape)] for shape in shapes]
+    return [(min(one), max(one)) for one in xs]
 
 
 def test_dots_stand_at_means_with_a_line_from_least_to_most() -> None:
@@ -82,8 +96,11 @@ def test_dots_stand_at_means_with_a_line_from_least_to_most() -> None:
         [use.get("x") for use in ElementTree.fromstring(one).iter("{http://www.w3.org/2000/svg}use")]
         for one in (svg, other)
     ]
-    assert marks[0] == marks[1], "means are the same"
+    assert marks[0] == marks[1] and any(marks[0]), "means are the same"
     assert svg != other, "and the lines are not"
+    for values in ([10.0, 10.0, 40.0], [0.0, 30.0, 30.0]):  # the same mean, and the same least or most
+        changed = {"fire": {**panels["fire"], "DUO": [values, [0.0]]}}
+        assert figures.dots(["plain prompts", "P4D"], changed, what="On the scored set") != svg
 
 
 def test_a_figure_that_stands_alone_has_a_background_and_a_dark_theme() -> None:

@@ -229,10 +229,9 @@ def stacked(bars: Mapping[str, Sequence[float]], parts: Sequence[str], *, what: 
         return _svg(figure, "stacked", f"{what}.")
 
 
-def dots(
-    rows: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], *, what: str, unit: str = "%"
-) -> str:
-    """A panel for each title: of each series and row a dot at the mean of its values, and a line from least to most."""
+def dots(rows: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], *, what: str) -> str:
+    """A panel for each title: of each series and row a dot at the mean of its values, in percent, and a line from least
+    to most."""
     with _canvas(1.6 + 3.5 * len(panels), 1.0 + 0.5 * len(rows)) as figure:
         shown = figure.subplots(1, len(panels), squeeze=False, sharey=True).ravel()
         for axes, (title, series) in zip(shown, panels.items(), strict=True):
@@ -245,7 +244,7 @@ def dots(
                 axes.plot(means, places, marker, color=colour, markersize=5.5, label=name, clip_on=False)
             axes.set_title(title, loc="left", fontsize=10.5, color=INK)
             axes.set_xlim(-3, 106)
-            axes.set_xticks((0, 25, 50, 75, 100), [f"{tick}{unit}" for tick in (0, 25, 50, 75, 100)])
+            axes.set_xticks((0, 25, 50, 75, 100), [f"{tick}%" for tick in (0, 25, 50, 75, 100)])
             axes.grid(axis="x", color=GRID, linewidth=0.8)
             for place in range(1, len(rows)):
                 axes.axhline(place - 0.5, color=GRID, linewidth=0.5)

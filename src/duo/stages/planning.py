@@ -193,14 +193,13 @@ def _hardening_work(session: Session, measured: Measured) -> Iterator[Work]:
     rows, edited = measured.rows(steps), measured.rows(int((recipe.pairs.strength or 1) * steps))
     came_back = sum(row.images // 2 for row in settings.attacks)
     for number in range(settings.rounds + 1):
-        when = f"round {number}: "
+        when, pairs = f"round {number}: ", recipe.pairs.n + number * came_back
+        one = Round(session, number, grown=pairs / recipe.pairs.n)
         if number:
             twins = {"denoiser": round(came_back * edited), "vae": 2 * came_back, "text": 2 * came_back}
             yield Work(name=f"{when}safe twins at most", images=came_back, **twins)
-            pairs = recipe.pairs.n + number * came_back
-            one = Round(session, number, grown=pairs / recipe.pairs.n)
             yield from _erase_work(one, measured, pairs=pairs, when=when)
-        yield from _attack_work(Round(session, number), measured, models=1, when=when)
+        yield from _attack_work(one, measured, models=1, when=when)
         drawn = 0 if session.preservation is None else settings.unrelated * (1 if number else 2)
         yield Work(name=f"{when}unrelated", images=drawn, denoiser=round(drawn * rows), vae=drawn, text=drawn)
 
