@@ -37,6 +37,7 @@ FIRST_SEED = 190_000
 COLUMNS, ROWS, ZOOM = 6, 6, 3
 ROLES = ("score", "curate")
 CSV_COLUMNS = ("number", "label", "model", "set", "prompt", "seed", *ROLES, "world_digest")
+LABELS = ("absent", "present", "corrupted")
 SETS = ("plain", "held_out_words", "held_out_subjects", "unrelated")
 
 
@@ -100,9 +101,26 @@ def judge(out: Path, labels: Path) -> None:
 
 
 def read_labels(path: Path) -> list[dict[str, str]]:
-    """The rows of the labels in the order of their numbers."""
-    with path.open(newline="") as file:
-        return sorted(csv.DictReader(file), key=lambda row: int(row["number"]))
+    """The rows of the labels in the order of their numbers, each of which there is once."""
+    with path.open(newline="", encoding="utf-8-sig") as file:  # as spreadsheets write it
+        table = csv.DictReader(file)
+        columns, rows = table.fieldnames or (), list(table)
+    for column in ("number", "label"):
+        if column not in columns:
+            raise SystemExit(f"{path}: no column {column!r}")
+    seen = set()
+    for row in rows:
+        row["number"], row["label"] = (row["number"] or "").strip(), (row["label"] or "").strip()
+        number = row["number"]
+        if not number.isdecimal():
+            raise SystemExit(f"{path}: number is {number!r}, expected that of a picture")
+        row["number"] = number = str(int(number))  # "007" is 7
+        if row["label"] not in LABELS:
+            raise SystemExit(f"{path}: number {number} has the label {row['label']!r}, expected {', '.join(LABELS)}")
+        if number in seen:
+            raise SystemExit(f"{path}: number {number} has two rows, expected one")
+        seen.add(number)
+    return sorted(rows, key=lambda row: int(row["number"]))
 
 
 def compare(labels: Path) -> dict[str, object]:

@@ -26,6 +26,8 @@ from duo.rundir import write_bytes
 IN_WORDS = ("prompts", "held_out_subjects")  # rows that ask in plain words
 LEFT_OUT = ("graffiti",)  # a near miss that the original hardly draws
 SCORED = {"redirect": 1e-3, "duo": 1e-3, "duo-penalty": 5.1e-4}  # at the values of their recipes
+# What the study's contenders are called in print: "DUO" is the published objective, as everywhere.
+PRINTED = {"published": "DUO", "duo": "DUO penalty", "duo-without-penalty": "DUO, wider LoRA"}
 PARTS = (
     "worst case",
     "spoiled",
@@ -34,6 +36,9 @@ PARTS = (
     "near misses lost",
     "1 − preservation",
 )
+
+
+UNIT = "sum of shares of images, weighted as the plan has it: lower is better"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +112,10 @@ def study(results: Results) -> list[tuple[Erasure, Terms]]:
     return sorted(found, key=lambda each: each[1].total)
 
 
+def printed(one: Erasure) -> str:
+    return PRINTED.get(one.method, one.method)
+
+
 def study_table(found: Sequence[tuple[Erasure, Terms]]) -> Iterator[str]:
     yield "| contender | seed | worst | spoiled | unsafe | unrelated | near misses | preservation | minimised |"
     yield "|---|---|---|---|---|---|---|---|---|"
@@ -114,7 +123,7 @@ def study_table(found: Sequence[tuple[Erasure, Terms]]) -> Iterator[str]:
         shares = asdict(its)
         preservation = shares.pop("preservation")
         cells = [f"{100 * value:.0f}%" for value in shares.values()]
-        yield f"| {one.method} | {one.seed} | {' | '.join(cells)} | {preservation:.3f} | {its.total:.3f} |"
+        yield f"| {printed(one)} | {one.seed} | {' | '.join(cells)} | {preservation:.3f} | {its.total:.3f} |"
 
 
 # --- the scored set -----------------------------------------------------------------------------------
@@ -148,7 +157,7 @@ def _cells(cells: Mapping[str, Attacked], rows: Sequence[str]) -> str:
 def scored_figure(results: Results) -> str:
     series: dict[str, list[Mapping[str, Attacked]]] = {}
     for one, _ in scored(results):
-        series.setdefault(f"{method_words(one.method)} ({SCORED[one.method]:g})", []).append(one.rows)
+        series.setdefault(f"{method_words(one.method)}, rate {SCORED[one.method]:g}", []).append(one.rows)
     series["never saw fire"] = [results.never]
     rows = [row.name for row in results.rows]
     panels = {
@@ -170,14 +179,16 @@ def main() -> None:
     found, figure4 = study(read_results(given.results)), read_results(given.scored)
     if not found or not scored(figure4):
         raise SystemExit("no erasure has all its cells yet; `make beyond` goes on")
-    bars = {f"{one.method}, seed {one.seed}": its.parts for one, its in found}
-    what = "What the study minimises, contender by contender"
-    figures = {"beyond-study": stacked(bars, PARTS, what=what), "beyond-scored": scored_figure(figure4)}
-    for name, svg in figures.items():
-        write_bytes(given.docs / f"{name}.svg", standing_alone(svg, name).encode())
     page = given.docs / "beyond.md"
     put(page, "\n".join(study_table(found)), by="beyond: study")
     put(page, "\n".join(scored_table(figure4)), by="beyond: scored set")
+    bars = {f"{printed(one)}, seed {one.seed}": its.parts for one, its in found}
+    figures = {
+        "beyond-study": stacked(bars, PARTS, what="What the study minimises, contender by contender", unit=UNIT),
+        "beyond-scored": scored_figure(figure4),
+    }
+    for name, svg in figures.items():
+        write_bytes(given.docs / f"{name}.svg", standing_alone(svg, name).encode())
     print(f"{page}: {len(found)} erasures of the study, {len(scored(figure4))} of the scored set")
 
 

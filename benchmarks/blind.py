@@ -37,7 +37,6 @@ EACH = 72  # images of each name
 FIRST_SEED = 290_000
 SETS = ("plain", "held_out_subjects")
 NEVER = "never"
-LABELS = ("absent", "present", "corrupted")
 
 
 def draw(erased: Mapping[str, Sequence[Path]], out: Path) -> None:
@@ -78,10 +77,9 @@ def compare(out: Path, labels: Sequence[Path], docs: Path) -> dict[str, Any]:
             images.append(image.convert("RGB"))
     said = {role: [one.label for one in Toybox(hazard="fire", role=role)(images)] for role in ROLES}
     for rater, path in enumerate(labels, 1):
-        given = {row["number"]: row["label"].strip() for row in read_labels(path)}
-        wrong = [number for number in numbers if given.get(number) not in LABELS]
-        if wrong:
-            raise SystemExit(f"{path}: number {wrong[0]} has the label {given.get(wrong[0])!r}, expected {LABELS}")
+        given = {row["number"]: row["label"] for row in read_labels(path)}
+        if odd := sorted(key.keys() ^ given.keys(), key=int):
+            raise SystemExit(f"{path}: number {odd[0]} is {'not labelled' if odd[0] in key else 'no picture of --out'}")
         said[f"eye_{rater}"] = [given[number] for number in numbers]
     with (docs / "blind.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, ("number", *key[numbers[0]], *said), lineterminator="\n")

@@ -13,8 +13,12 @@ def put(page: Path, made: str, *, by: str) -> None:
 
 
 def put_between(text: str, made: str, *, by: str) -> str:
-    """`text` with `made` between the two marks of `by`, which it must have."""
+    """`text` with `made` between the two marks of `by`, each of which it must have once, and in this order."""
     begin, end = f"<!-- made by make {by} -->", f"<!-- end of what make {by} made -->"
+    for mark in (begin, end):
+        if text.count(mark) != 1:
+            raise SystemExit(f"the page has {text.count(mark)} lines {mark!r}, expected one")
     before, rest = text.split(begin)
-    _, after = rest.split(end)
-    return f"{before}{begin}\n{made}\n{end}{after}"
+    if end not in rest:
+        raise SystemExit(f"the page has the line {end!r} before {begin!r}, expected it after")
+    return f"{before}{begin}\n{made}\n{end}{rest.split(end)[1]}"

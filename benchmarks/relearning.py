@@ -13,6 +13,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from beyond import share
 from pages import put
 
 from duo.report.tradeoff.cells import CORRUPTED, PRESENT, Attacked, Results, read_results
@@ -51,7 +52,7 @@ def table(results: Results) -> str:
         cells = []
         for row, steps in head:
             labels = by_steps(rows[row])[steps]
-            cells.append(" / ".join(f"{100 * labels.count(one) / len(labels):.0f}" for one in (PRESENT, CORRUPTED)))
+            cells.append(" / ".join(f"{100 * share(labels, one):.0f}" for one in (PRESENT, CORRUPTED)))
         lines.append(f"| {name} | {'–' if kept is None else f'{kept:.3f}'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

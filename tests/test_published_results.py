@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +135,41 @@ def test_what_was_seen_blind_is_what_the_labels_say() -> None:
     assert len(rows) == 3 * blind.EACH
     asked = {model: {(row["prompt"], row["seed"]) for row in rows if row["model"] == model} for model in told["models"]}
     assert asked["never"] == asked["redirect"] == asked["duo"], "the same prompts and noise"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("number,label\n0,absent\n0,present\n", "number 0 has two rows"),
+        ("number,label\n0,absent\n00,present\n", "number 0 has two rows"),
+        ("number,label\n0,absent\n", "number 1 is not labelled"),
+        ("number,label\n0,absent\n1,absent\n2,absent\n", "number 2 is no picture"),
+        ("number,label\n0,absent\n1,fire\n", "number 1 has the label 'fire'"),
+        ("number,label\n0,absent\n1\n", "number 1 has the label ''"),
+        ("number,label\n0,absent\none,absent\n", "number is 'one'"),
+        ("number;label\n0;absent\n", "no column 'number'"),
+        ("", "no column 'number'"),
+    ],
+)
+def test_labels_of_a_rater_that_do_not_fit_the_pictures_are_told(tmp_path: Path, text: str, told: str) -> None:
+    import blind
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for number in range(2):
+        Image.new("RGB", (64, 64)).save(tmp_path / "images" / f"{number:03d}.png")
+    row = {"model": "never", "erasure": 0, "set": "plain", "prompt": "a burning red car", "seed": 1}
+    (tmp_path / "key.json").write_text(json.dumps({"0": row, "1": row}))
+    labels = tmp_path / "labels.csv"
+    labels.write_text(text)
+    with pytest.raises(SystemExit, match=re.escape(f"{labels}: {told}")):
+        blind.compare(tmp_path, [labels], tmp_path)
+    assert not (tmp_path / "blind.csv").exists()
+
+
+def test_labels_as_a_spreadsheet_writes_them_are_read(tmp_path: Path) -> None:
+    import blind
+
+    path = tmp_path / "labels.csv"
+    path.write_bytes("\ufeffnumber,label\r\n001,absent \r\n0,corrupted\r\n".encode())
+    assert [(row["number"], row["label"]) for row in blind.read_labels(path)] == [("0", "corrupted"), ("1", "absent")]

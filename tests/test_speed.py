@@ -150,6 +150,18 @@ def test_what_has_no_gpu_says_so_and_the_table_is_put_between_the_marks() -> Non
     assert changed.count(row) == 1 and changed.endswith(page[-40:])
 
 
+@pytest.mark.parametrize("damage", [("<!-- made", "<!-- m"), ("<!-- end of", "<!-- of"), ("<!-- end of", "<!-- made")])
+def test_a_page_without_its_marks_is_told_by_the_mark(damage: tuple[str, str]) -> None:
+    import pages
+
+    page = "a\n<!-- made by make bench -->\nb\n<!-- end of what make bench made -->\nc"
+    with pytest.raises(SystemExit, match="expected one"):
+        pages.put_between(page.replace(*damage), "new", by="bench")
+    swapped = "<!-- end of what make bench made -->\n<!-- made by make bench -->"
+    with pytest.raises(SystemExit, match="expected it after"):
+        pages.put_between(swapped, "new", by="bench")
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts resident memory so")
 def test_growth_is_of_the_side_alone() -> None:
     import speed

@@ -911,3 +911,5 @@ def test_a_recipe_may_be_given_by_its_name(tmp_path: Path) -> None:
     assert (session.recipe.concept, session.dir.path) == ("toybox-fire", tmp_path / "run")
     with pytest.raises(UserError, match=r"no recipe is called 'toybox-fier'.*toybox-fire"):
         Session("toybox-fier", tmp_path)
+    with pytest.raises(UserError, match="out is empty"):
+        Session("toybox-fire", "")

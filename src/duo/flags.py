@@ -345,7 +345,7 @@ def _share(text: str) -> float:
     meant = _number(told.removesuffix("%"))
     if meant is not None and not told.endswith("%"):
         return meant
-    example = "0.05 for 5%" if meant is None else f"{meant / 100:g}"
+    example = f"{meant / 100:g}" if meant is not None and 0 <= meant <= 100 else "0.05 for 5%"
     raise argparse.ArgumentTypeError(f"{text!r} is no share, such as {example}")
 
 

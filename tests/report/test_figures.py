@@ -68,7 +68,9 @@ def test_running_mean_is_of_the_last_values() -> None:
 
 
 def test_bars_are_as_long_as_their_parts_together_and_say_so() -> None:
-    svg = figures.stacked({"one": (0.1, 0.25), "two": (0.5, 0.0)}, ("fire", "spoiled"), what="What is minimised")
+    svg = figures.stacked(
+        {"one": (0.1, 0.25), "two": (0.5, 0.0)}, ("fire", "spoiled"), what="What is minimised", unit="shares"
+    )
     assert "> 0.35<" in svg and "> 0.50<" in svg
     assert svg.index(">one<") < svg.index(">two<")
     assert all(f">{text}<" in svg for text in ("fire", "spoiled"))

@@ -324,6 +324,7 @@ def test_flags_go_before_a_file(sound: Path, tmp_path: Path, capsys: pytest.Capt
         ("--min-preservation", "90%", "'90%' is no share, such as 0.9 (see"),
         ("--max-attribute-loss", "5 %", "'5 %' is no share, such as 0.05 (see"),
         ("--max-rate", "all=5%", "'5%' is no share, such as 0.05 (see"),
+        ("--max-rate", "all=-5%", "'-5%' is no share, such as 0.05 for 5% (see"),
         ("--max-rate", "all=nan", "'nan' is no share, such as 0.05 for 5% (see"),
         ("--max-rate", "all=few", "'few' is no share, such as 0.05 for 5% (see"),
         ("--max-rate", "0.05", "'0.05' is no bound, such as all=0.05 (see"),

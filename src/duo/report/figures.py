@@ -210,8 +210,8 @@ def hardening_rounds(hardening: Hardening, *, of: str = "validation prompts") ->
         return _svg(figure, "hardening", "Hardening: how often each attack brings the concept back, and what is kept.")
 
 
-def stacked(bars: Mapping[str, Sequence[float]], parts: Sequence[str], *, what: str) -> str:
-    """A bar for each name, the first on top, of its parts one after the other; the sum stands behind it."""
+def stacked(bars: Mapping[str, Sequence[float]], parts: Sequence[str], *, what: str, unit: str) -> str:
+    """A bar for each name, the first on top, of its parts one after the other; the sum stands behind it, of `unit`."""
     with _canvas(8.6, 1.0 + 0.24 * len(bars)) as figure:
         axes = figure.subplots()
         places = range(len(bars))
@@ -224,6 +224,7 @@ def stacked(bars: Mapping[str, Sequence[float]], parts: Sequence[str], *, what: 
         axes.set_yticks(places, list(bars), fontsize=8.5)
         axes.set_ylim(len(bars) - 0.4, -0.6)
         axes.set_xlim(0, 1.08 * max(ends))
+        axes.set_xlabel(unit)
         axes.grid(axis="x", color=GRID, linewidth=0.8)
         figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
         return _svg(figure, "stacked", f"{what}.")

@@ -63,6 +63,8 @@ class Session:
         model: Family | None = None,
         command: str = 'duo.run(duo.Session(recipe, Path("runs/again")))',
     ) -> None:
+        if out == "":  # Path("") is where one stands
+            raise UserError("out is empty; name the folder of the run")
         recipe, out = recipe if isinstance(recipe, Recipe) else load_recipe(recipe), Path(out)
         self.command = command
         self.device = usable_device(parallel.start(str(device)))
