@@ -189,6 +189,9 @@ def main() -> None:
     }
     for name, svg in figures.items():
         write_bytes(given.docs / f"{name}.svg", standing_alone(svg, name).encode())
+    for results in (read_results(given.results), figure4):
+        for line in results.missing:
+            print(f"{results.name}: not run yet: {line}")
     print(f"{page}: {len(found)} erasures of the study, {len(scored(figure4))} of the scored set")
 
 

@@ -1,14 +1,18 @@
 """Are an erasure's pictures spoiled, by eye? Looked at blind, among those of other models.
 
     python benchmarks/blind.py draw --out runs/blind --erased redirect=A.safetensors --erased duo=B.safetensors
-    python benchmarks/blind.py compare --out runs/blind --labels one.csv two.csv --docs docs/results
+    python benchmarks/blind.py compare --out runs/blind --labels one.csv two.csv --docs docs/results --name blind-second
 
 `draw` renders scored prompts that ask for fire with the erasures of each name (several deltas take turns) and, of the
-same prompts and noise, with the model that never saw fire; shuffles all, and writes numbered sheets that show the
-prompts, for what an image lacks can only be told beside what was asked. Each rater writes a CSV with the columns
-`number,label`; the labels are absent (a sound picture without fire), present and corrupted. `compare` adds the key and
-both judges' verdicts, writes all columns to `blind.csv`, and to `blind.json` what each rater and judge found of each
+same prompts and noise, with the model that never saw fire, and with the original asked for the same scenes without
+fire. It shuffles all, and writes numbered sheets that show the scene that each is to be, for what an image lacks can
+only be told beside what was asked; whether fire was asked for too they do not tell. Each rater writes a CSV with the
+columns `number,label`; the labels are absent (a sound picture without fire), present and corrupted. `compare` adds the
+key and both judges' verdicts, writes all columns to NAME.csv, and to NAME.json what each rater and judge found of each
 model, and how far they agree.
+
+The first look (`blind.csv`) was at the erasures of two methods beside the model that never saw fire, and its sheets
+showed the prompts.
 """
 
 from __future__ import annotations
@@ -16,59 +20,49 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+import floor
 import numpy as np
 import torch
 from agreement import ROLES, read_labels, sheets
 from PIL import Image
 from results import machine
 
-from duo import Delta, load_concept, load_family, load_recipe
 from duo.judges.toybox import Toybox
 from duo.rundir import read_json, write_image, write_json
 from duo.statistics import wilson
 
 EACH = 72  # images of each name
-FIRST_SEED = 290_000
-SETS = ("plain", "held_out_subjects")
-NEVER = "never"
+FIRST_SEED = 320_000  # of the second look; the first had 290,000
+NEVER, ORIGINAL = "never", "original"
 
 
-def draw(erased: Mapping[str, Sequence[Path]], out: Path) -> None:
+def draw(erased: Mapping[str, Sequence[Path]], out: Path, *, first_seed: int) -> None:
     """Render, shuffle, and write `images/NNN.png`, `sheet-N.png` and `key.json`."""
-    recipe, concept = load_recipe("toybox-fire"), load_concept("toybox-fire")
-    asked = [
-        (name, concept.prompt_set(name)[i // len(SETS)]) for i, name in zip(range(EACH), SETS * EACH, strict=False)
-    ]
-    names = [NEVER, *erased]
-    numbers = np.random.default_rng(13).permutation(EACH * len(names)).reshape(len(names), EACH).tolist()
+    rows = floor.asked(EACH)
+    sources: dict[str, Sequence[Path | None]] = {NEVER: [None], ORIGINAL: [None], **erased}
+    numbers = np.random.default_rng(first_seed).permutation(EACH * len(sources)).reshape(len(sources), EACH).tolist()
     key = {}
-    for name, own in zip(names, numbers, strict=True):
-        model = load_family("toybox-never-fire" if name == NEVER else recipe.model, device="cpu")
-        sources = erased.get(name, [None])
-        for turn, source in enumerate(sources):
-            mine = [i for i in range(EACH) if i // len(SETS) % len(sources) == turn]  # both sets
-            with Delta.load(source).attached(model) if source else nullcontext():
-                images = model.generate(
-                    [asked[i][1] for i in mine],
-                    seeds=[FIRST_SEED + i for i in mine],
-                    sampling=recipe.sampling,
-                )
+    for (name, files), own in zip(sources.items(), numbers, strict=True):
+        for turn, file in enumerate(files):
+            mine = [i for i in range(EACH) if i // len(floor.SETS) % len(files) == turn]  # both sets
+            model = {NEVER: floor.NEVER, ORIGINAL: floor.ORIGINAL}.get(name, name)
+            images = floor.draw(model, file, [rows[i][1] for i in mine], [first_seed + i for i in mine])
             for i, image in zip(mine, images, strict=True):
                 write_image(out / "images" / f"{own[i]:03d}.png", image)
-                told = dict(zip(("set", "prompt"), asked[i], strict=True))
-                key[str(own[i])] = {"model": name, "erasure": turn, **told, "seed": FIRST_SEED + i}
+                told = dict(zip(("set", "prompt"), rows[i], strict=True))
+                key[str(own[i])] = {"model": name, "erasure": turn, **told, "seed": first_seed + i}
     write_json(out / "key.json", key)
-    sheets(out, {int(number): "\n".join([number, *wrap(row["prompt"], 32)]) for number, row in key.items()})
+    scenes = {number: wrap(floor.without(row["prompt"]), 32) for number, row in key.items()}
+    sheets(out, {int(number): "\n".join([number, *lines]) for number, lines in scenes.items()})
 
 
-def compare(out: Path, labels: Sequence[Path], docs: Path) -> dict[str, Any]:
-    """Write `blind.csv` and `blind.json`, and return what the latter has."""
+def compare(out: Path, labels: Sequence[Path], docs: Path, *, name: str) -> dict[str, Any]:
+    """Write `name`.csv and `name`.json, and return what the latter has."""
     key = read_json(out / "key.json")
     numbers = sorted(key, key=int)
     images = []
@@ -81,13 +75,13 @@ def compare(out: Path, labels: Sequence[Path], docs: Path) -> dict[str, Any]:
         if odd := sorted(key.keys() ^ given.keys(), key=int):
             raise SystemExit(f"{path}: number {odd[0]} is {'not labelled' if odd[0] in key else 'no picture of --out'}")
         said[f"eye_{rater}"] = [given[number] for number in numbers]
-    with (docs / "blind.csv").open("w", newline="") as file:
+    with (docs / f"{name}.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, ("number", *key[numbers[0]], *said), lineterminator="\n")
         table.writeheader()
         for i, number in enumerate(numbers):
             table.writerow({"number": number, **key[number], **{name: found[i] for name, found in said.items()}})
     told = summary([key[number]["model"] for number in numbers], said)
-    write_json(docs / "blind.json", {**machine(), **told})
+    write_json(docs / f"{name}.json", {**machine(), **told})
     return told
 
 
@@ -123,6 +117,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/blind"))
     parser.add_argument("--labels", type=Path, nargs="+", default=[])
     parser.add_argument("--docs", type=Path, default=Path("docs/results"))
+    parser.add_argument("--name", default="blind-second", help="of the files in --docs (default: %(default)s)")
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="of the noise (default: %(default)s)")
     given = parser.parse_args()
     if given.step == "compare" and not given.labels:
         parser.error("compare needs --labels, a file of each rater")
@@ -131,10 +127,13 @@ def main() -> None:
         erased: dict[str, list[Path]] = {}
         for text in given.erased:
             name, _, path = text.partition("=")
+            if not Path(path).is_file() or name in ("", NEVER, ORIGINAL):
+                parser.error(f"--erased {text}: expected NAME=DELTA, a name of your own and the file of an erasure")
             erased.setdefault(name, []).append(Path(path))
-        draw(erased, given.out)
+        draw(erased, given.out, first_seed=given.first_seed)
         return
-    for model, found in compare(given.out, given.labels, given.docs)["models"].items():
+    told = compare(given.out, given.labels, given.docs, name=given.name)
+    for model, found in told["models"].items():
         print(model, *(f"{who}: {one['corrupted']['count']} of {one['corrupted']['n']}" for who, one in found.items()))
 
 

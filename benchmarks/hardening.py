@@ -11,6 +11,7 @@ with those that were held out. What does not depend on the erasure is made once;
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -128,8 +129,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     parser.add_argument("--set", action="append", default=[], help="replace a value of the recipe")
     given = parser.parse_args()
+    if not given.seeds:
+        parser.error("--seeds needs one at least")
     torch.set_num_threads(1)
     base = load_recipe(given.recipe, overrides=given.set)
+    if base.hardens is None:
+        parser.error(f"the recipe {given.recipe} has no rounds of hardening (hardening.rounds)")
     told: dict[str, Any] = {}
     first = given.out / f"seed-{given.seeds[0]}" / "erase" / "round-0" / "red-team"
     for seed in given.seeds:
@@ -151,8 +156,9 @@ def main() -> None:
                 for scores in scored
             ],
         }
-        command = f"python benchmarks/hardening.py --recipe {given.recipe} --budget {given.budget}"
-        write_json(given.docs / "hardening.json", {"seeds": told, **machine(), "command": command})
+        sets = [part for one in given.set for part in ("--set", one)]
+        command = ["python", "benchmarks/hardening.py", "--recipe", given.recipe, "--budget", given.budget, *sets]
+        write_json(given.docs / "hardening.json", {"seeds": told, **machine(), "command": shlex.join(command)})
     put(given.page, table(told), by="hardening")
 
 

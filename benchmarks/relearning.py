@@ -62,7 +62,10 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="?", default=Path("docs/results/relearning"))
     parser.add_argument("--page", type=Path, default=Path("docs/beyond.md"))
     given = parser.parse_args()
-    put(given.page, table(read_results(given.results)), by="relearning")
+    found = read_results(given.results)
+    put(given.page, table(found), by="relearning")
+    for line in found.missing:
+        print(f"not in the table, not run yet: {line}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -315,10 +317,22 @@ def test_what_a_round_cost_is_told_beside_it(finished: SimpleNamespace) -> None:
     assert all(row["seconds"] > 0 for row in rows)
 
 
+GROWING = ("hardening.grow_steps=true",)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "texts"), [((), {}), (GROWING, {"method": 'method = {name = "training"}\n', "more": MORE})]
+)
 def test_a_hardened_run_that_is_killed_at_any_write_ends_with_the_same_bytes(
-    open_hardened: Callable[..., Session], monkeypatch: pytest.MonkeyPatch
+    open_hardened: Callable[..., Session],
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: tuple[str, ...],
+    texts: dict[str, str],
 ) -> None:
-    straight = open_hardened("straight")
+    def opened(name: str) -> Session:
+        return open_hardened(name, *overrides, **texts)
+
+    straight = opened("straight")
     make_pairs(straight)
     erase(straight)
     write_bytes, budget = rundir.write_bytes, SimpleNamespace(left=0)
@@ -329,12 +343,12 @@ def test_a_hardened_run_that_is_killed_at_any_write_ends_with_the_same_bytes(
         budget.left -= 1
         write_bytes(path, data)
 
-    make_pairs(open_hardened("stopped"))
+    make_pairs(opened("stopped"))
     monkeypatch.setattr(rundir, "write_bytes", dying)
     for _ in range(40):
         budget.left = 11
         try:
-            erase(open_hardened("stopped"))
+            erase(opened("stopped"))
         except KeyboardInterrupt:
             continue
         break
@@ -343,6 +357,26 @@ def test_a_hardened_run_that_is_killed_at_any_write_ends_with_the_same_bytes(
     found, wanted = (contents(straight.dir.path.parent / name / "erase") for name in ("stopped", "straight"))
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+@pytest.mark.parametrize("name", ["images/0000.png", "attempts.jsonl"])
+def test_what_came_back_is_not_learned_from_where_it_was_changed_since(
+    finished: SimpleNamespace, tmp_path: Path, name: str
+) -> None:
+    """As it was when the curator saw it, or not at all."""
+    run = tmp_path / "run"
+    shutil.copytree(finished.run, run)
+    shutil.rmtree(run / "erase" / "round-1")
+    (run / "erase" / "manifest.json").unlink()
+    attacked = run / "erase" / "round-0" / "attack" / "word" / "erased"
+    if name.endswith(".png"):
+        shutil.copy(attacked / "images" / "0001.png", attacked / name)
+    else:
+        (attacked / name).write_bytes((attacked / name).read_bytes().partition(b"\n")[2])
+    session = Session(load_recipe(finished.recipe), run, model=finished.model)
+    with pytest.raises(UserError, match=re.escape(str(attacked / name.partition("/")[0]))):
+        erase(session)
+    assert not (run / "erase" / "round-1" / "pairs").exists()
 
 
 def test_a_finished_erasure_is_left_alone_and_another_configuration_refused(finished: SimpleNamespace) -> None:

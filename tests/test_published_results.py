@@ -19,7 +19,7 @@ DIGEST = "1d753ba3faf1faf3f4cf2f4c5a0790573a1660dae8eb53f83b81be7f15103b65"
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    for name in ("agreement", "beyond", "blind", "pages", "relearning", "results", "tune"):
+    for name in ("agreement", "beyond", "blind", "floor", "pages", "relearning", "results", "tune"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -163,7 +163,7 @@ def test_labels_of_a_rater_that_do_not_fit_the_pictures_are_told(tmp_path: Path,
     labels = tmp_path / "labels.csv"
     labels.write_text(text)
     with pytest.raises(SystemExit, match=re.escape(f"{labels}: {told}")):
-        blind.compare(tmp_path, [labels], tmp_path)
+        blind.compare(tmp_path, [labels], tmp_path, name="blind")
     assert not (tmp_path / "blind.csv").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,6 +225,19 @@ def test_a_finished_search_is_left_alone(open_session: Any, looks: Any, monkeypa
     session._model = None  # nothing may need the model again
     before = contents(session.dir.path)
     assert search_strength(session, ASKED) == first
+    assert contents(session.dir.path) == before
+
+
+def test_a_finished_search_may_lose_its_trials(open_session: Any, looks: Any) -> None:
+    looks(from_08, gentle)
+    session = open_session()
+    first = searched(session)
+    shutil.rmtree(session.dir.path / "search")
+    before = contents(session.dir.path)
+    assert search_strength(open_session(), ASKED) == first, "the erasure knows what was found"
+    assert told(session, first)[1].split()[-4:] == ["–", "erases", "too", "little"], "its seconds went with them"
+    with pytest.raises(UserError, match="an erasure that this search did not choose"):
+        search_strength(open_session(), StrengthSearch(target_rate=0.02, min_preservation=0.8, search_images=2))
     assert contents(session.dir.path) == before
 
 

@@ -263,3 +263,11 @@ def test_the_flags_are_the_fields() -> None:
 def test_flags_that_say_too_little_are_told(flags: list[str], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         asked_by(*flags)
+
+
+def test_there_is_an_end_to_numbers() -> None:
+    assert next_value([trial(1e308, 0.5, 1.0)], ASKED, start=1e308) == (None, "there is no number beyond 1e+308")
+    assert next_value([trial(5e-324, 0.0, 0.5)], ASKED, start=5e-324) == (
+        None,
+        "there is no number beyond 4.94066e-324",
+    )

@@ -16,6 +16,8 @@ from duo.fields import add_flags, as_table
 from duo.recipe import PairSettings, Recipe, ScoreSettings, load_recipe
 from duo.strength import StrengthSearch
 
+DEFAULT = "toybox-fire"  # of `duo run`: the demo, whose model is in the package
+
 
 class _Parser(argparse.ArgumentParser):
     """Tells a mistake in one line, as every other error is told."""
@@ -41,7 +43,7 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
     shown = _recipe_shown(arguments)
 
     one = verb("run", verbs.run, "all stages of a recipe, then the report")
-    _recipe_flags(one)
+    _recipe_flags(one, default=DEFAULT)
     one.add_argument("--resume", action="store_true", help="go on with a run that was begun")
     one.add_argument(
         "--dry-run", action="store_true", help="print what it would do and cost, from a measured step; write nothing"
@@ -201,13 +203,18 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _recipe_flags(parser: argparse.ArgumentParser, *, runs: bool = False) -> None:
-    """What every verb takes that works by a recipe; with `runs` the folder of a run may stand in its place."""
+def _recipe_flags(parser: argparse.ArgumentParser, *, runs: bool = False, default: str | None = None) -> None:
+    """What every verb takes that works by a recipe; with `runs` the folder of a run may stand in its place, and with a
+    `default` it may be left out."""
     told = "a shipped recipe (`duo list recipes`) or a TOML file"
     folder = "the run folder; of RUN by default that folder, or a new one in it" if runs else "the run folder"
-    parser.add_argument(
-        "recipe", metavar="RECIPE|RUN" if runs else "RECIPE", help=f"{told}, or the folder of a run" if runs else told
-    )
+    if runs:
+        told += ", or the folder of a run"
+    if default is None:
+        parser.add_argument("recipe", metavar="RECIPE|RUN" if runs else "RECIPE", help=told)
+    else:
+        told += "; default: %(default)s, the demo"
+        parser.add_argument("recipe", nargs="?", default=default, metavar="RECIPE", help=told)
     parser.add_argument("--out", type=_path, required=not runs, metavar="DIR", help=folder)
     parser.add_argument(
         "--model",

@@ -193,6 +193,8 @@ def _outwards(
     value: float, values: Sequence[Number], asked: StrengthSearch, *, whole: bool
 ) -> tuple[Number | None, str]:
     """A value beyond those tried, or None where that is beyond what was allowed."""
+    if not 0 < value < math.inf:
+        return None, f"there is no number beyond {max(values) if value > 0 else min(values):g}"
     found = _within(_rounded(value, whole=whole), asked, whole=whole)
     if found in values:
         side = "weakest" if found == min(values) else "strongest"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from duo.delta import Delta
-from duo.errors import UserError
+from duo.errors import DivergedError, UserError
 from duo.methods.uce import Equations, Uce
 from duo.plugins import Precision
 from duo.recipe import load_recipe
@@ -142,6 +142,11 @@ def test_one_word_takes_its_anchors_values(tiny_sd, concept: SmallFire, tmp_path
                 with delta.attached(tiny_sd):
                     torch.testing.assert_close(layer(c), wanted, rtol=1e-3, atol=1e-3)
             assert (wanted - before).abs().max() > 0.01, name
+
+
+def test_a_change_that_is_no_number_is_told(tiny_sd, concept: SmallFire, tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"is not finite; lower erase_scale \(now 1e\+308\)"):
+        Uce(erase_scale=1e308).erase(tiny_sd, concept, pairs=None, run=RecordingRun(tmp_path))
 
 
 def test_from_the_last_word_through_the_padding(tiny_sd, concept: SmallFire, tmp_path: Path) -> None:

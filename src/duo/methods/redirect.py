@@ -140,6 +140,13 @@ class Redirect:
         for name, of in shares.items():
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a share of {of}, 0 to 1")
+        for name in ("crossed", "named"):
+            if getattr(self, name) and not self.prompted:
+                raise ValueError(f"{name} is a share of prompted rows, but prompted is 0; set {name} to 0 too")
+        if self.sampled and not self.sampled_weight:
+            raise ValueError("sampled_weight is 0, so sampled rows would teach nothing; give it, or set sampled to 0")
+        if self.positive_penalty and self.preference != "dpo":
+            raise ValueError(f"positive_penalty is for the preference 'dpo', not {self.preference!r}; set it to 0")
         if self.crossed and self.preference != "none":
             raise ValueError("crossed is for a teacher, and a preference compares errors at one prompt; give either")
         if self.lora_alpha is not None and not self.lora_alpha > 0:
@@ -155,10 +162,17 @@ class Redirect:
             raise ValueError(
                 "held_prompts are of unrelated images, but unrelated_weight is 0; give it, or leave them out"
             )
+        if len(self.held_prompts) > self.drawn // 2:
+            raise ValueError(
+                f"held_prompts has {len(self.held_prompts)} prompts, but only {self.drawn // 2} of the "
+                f"{self.drawn} unrelated images are of them; raise unrelated_images to {2 * len(self.held_prompts)}"
+            )
         if not self.targets:
             raise ValueError("targets is empty, expected at least one scope, such as 'self_attention'")
-        if not self.redirect_weight and self.preference == "none":
-            raise ValueError("redirect_weight is 0 and preference is 'none', so nothing would be erased; give either")
+        if not self.redirect_weight and (self.preference == "none" or not self.preference_weight):
+            raise ValueError(
+                "redirect_weight is 0, and no preference has a weight, so nothing would be erased; give either"
+            )
         if self.resilience_weight and not self.redirect_weight:
             raise ValueError("resilience_weight is for what redirect_weight asks for; give that too, or neither")
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from duo.delta import DIFFERENCE, Delta, made_by
-from duo.errors import UserError
+from duo.errors import DivergedError, UserError
 from duo.fields import check_above_0, check_choices
 from duo.pairs import Pairs
 from duo.plugins import Family, Precision, Run, Span
@@ -136,6 +136,12 @@ class Uce:
         for system in systems.values():
             changes |= system.changes(
                 regularization=self.regularization, erase_scale=self.erase_scale, preserve_scale=preserve_scale
+            )
+        broken = next((name for name, change in changes.items() if not change.isfinite().all()), None)
+        if broken is not None:
+            raise DivergedError(
+                f"the change of {broken} is not finite; lower erase_scale (now {self.erase_scale:g}) or preserve_scale "
+                f"(now {preserve_scale:g}), or raise regularization (now {self.regularization:g})"
             )
         relative = [float(change.norm() / weights[name].double().cpu().norm()) for name, change in changes.items()]
         run.log(

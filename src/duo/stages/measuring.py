@@ -70,8 +70,11 @@ def brought_back(one: Round) -> Iterator[tuple[str, dict[str, Any]]]:
     stage = one.dir.stage(MEASURED)
     verdicts = rundir.read_jsonl(stage.intact(VERDICTS, stage.require("erase")["verdicts"]))
     for row in one.settings.attacks:
-        attempts = one.dir.path / "attack" / row.row / "erased" / "attempts.jsonl"
-        rows = {attempt["index"]: attempt for attempt in rundir.read_jsonl(attempts)}
+        attacked = one.dir.stage("attack", row.row, "erased")
+        intact_attack(attacked)  # as it was when it was judged
+        rows = {}
+        if "not_defined" not in attacked.require("attack"):
+            rows = {attempt["index"]: attempt for attempt in rundir.read_jsonl(attacked.folder / "attempts.jsonl")}
         for verdict in verdicts:
             if verdict["row"] == row.row and verdict["learned"] and verdict["label"] in one.settings.labels:
                 yield row.row, rows[verdict["index"]] | {"label": verdict["label"]}

@@ -62,7 +62,9 @@ def search_strength(session: Session, asked: StrengthSearch, *, command: Callabl
             the concept out of the original model.
     """
     search = _Search.of(session, asked)
-    search.refuse_another()
+    before = search.chosen_before()
+    if before is not None:
+        return before
     with session.dir.locked() if parallel.is_main() else nullcontext():
         with session.dir.timed(SEARCH) if parallel.is_main() else nullcontext():
             if parallel.is_main():
@@ -78,7 +80,8 @@ def plan_search(session: Session, asked: StrengthSearch) -> list[str]:
     """What a search would do and cost at most, in lines to print. Nothing is written."""
     search = _Search.of(session, asked)
     trial = search.trial(search.start, model=session.model)
-    most = f"at most {asked.max_runs} runs, from {search.field} = {search.start:g} on; wanted: {bounds(asked)}"
+    first, _ = next_value([], asked, start=search.start)
+    most = f"at most {asked.max_runs} runs, from {search.field} = {first:g} on; wanted: {bounds(asked)}"
     drawings = 1 if search.draws_once else asked.max_runs
     return [*plan_erasure(trial, runs=asked.max_runs, drawings=drawings), most]
 
@@ -94,8 +97,11 @@ def told(session: Session, outcome: Outcome) -> list[str]:
 
 def _line(session: Session, outcome: Outcome, trial: Trial) -> tuple[str, ...]:
     folder = session.dir.path / SEARCH / _name(outcome.field, trial.value)
-    seconds = sum(row["seconds"] for row in rundir.read_jsonl(folder / "timings.jsonl", appended=True))
-    last = (f"{seconds:.0f}", "chosen" if trial.value == outcome.chosen else standing(trial, outcome.asked))
+    seconds = [row["seconds"] for row in rundir.read_jsonl(folder / "timings.jsonl", appended=True)]
+    last = (
+        f"{sum(seconds):.0f}" if seconds else "–",
+        "chosen" if trial.value == outcome.chosen else standing(trial, outcome.asked),
+    )
     if trial.rate is None or trial.spoiled is None or trial.preservation is None:
         return (f"{trial.value:g}", "–", "–", "–", "–", "–", *last)
     rate, preserved = trial.rate, trial.preservation
@@ -202,17 +208,30 @@ class _Search:
             rundir.write_json(self._folder() / TABLE, {"schema": SCHEMA, **as_table(outcome)})
         return outcome
 
-    def refuse_another(self) -> None:
-        """Raise `UserError` where the run has an erasure already that is not what this search chose."""
+    def chosen_before(self) -> Outcome | None:
+        """What this search chose, where the run has its erasure and the trials were removed since; None while they are
+        there, or are to be made.
+
+        Raises `UserError` where the run has an erasure already that is not what this search chose.
+        """
         stage, table = self.session.dir.stage("erase"), self._folder() / TABLE
-        found = rundir.read_table(table, "asked") if stage.begun and table.exists() else {}
-        rundir.check_schema(table, found, SCHEMA)
-        same = found.get("asked") == as_table(self.asked) and found.get("field") == self.field
-        if stage.begun and not (same and found.get("chosen") is not None):
+        if not stage.begun:
+            return None
+        kept = table.exists()
+        found: Any = None
+        if kept:
+            found = rundir.read_table(table, "asked")
+            rundir.check_schema(table, found, SCHEMA)
+        elif stage.finished:
+            found = stage.require("erase").get("searched")
+        outcome = {} if not isinstance(found, dict) else {name: found[name] for name in found if name != "schema"}
+        same = outcome.get("asked") == as_table(self.asked) and outcome.get("field") == self.field
+        if not same or outcome.get("chosen") is None:
             raise UserError(
                 f"{stage.folder} holds an erasure that this search did not choose; name another --out, or remove the "
                 "folder and those of the stages after it"
             )
+        return None if kept else build(Outcome, outcome, f"{stage.manifest}: searched")
 
     def become(self, outcome: Outcome, command: str) -> None:
         """Make the chosen trial's erasure the run's own."""
