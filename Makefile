@@ -13,6 +13,8 @@
 # make beyond  the same for objectives beyond DUO's, and what the study of them minimises (docs/beyond.md)
 # make relearning  erasures against fine-tuning, beside a model that never saw the concept (docs/beyond.md)
 # make hardening  DUO hardened in rounds, every round put to the red team, for docs/hardening.md (hours)
+# make floor   what the judges call spoiled where nothing was erased, beside redirection (docs/beyond.md; half an hour)
+# make red-team  every method's erasure against every attack, on the quick budget (docs/red-team.md; hours)
 # make growth  how seconds and memory grow with pairs, prompts, cells, processes and images (stops after 15 minutes with what is left; goes on
 #              where it was stopped). With GROWTH="--largest 100000 --budget 600" up to the largest (hours)
 # make bench   our loops beside the peers' on the embedded model, and on real sizes where there is a GPU: docs/results/speed.json and
@@ -33,7 +35,7 @@ BY_HASH = $(LISTED) || { echo \
   "set-up stopped: pip could not install requirements/$(1).txt by its hashes, for the reason above. Where you trust your index: make HASHES= $(MAKECMDGOALS)" >&2; exit 1; }
 TORCH_HAS_CUDA = $(BIN)/python -c 'import importlib.metadata as m; raise SystemExit(not any("nvidia" in one for one in m.requires("torch")))'
 
-.PHONY: demo test check torture bench clean tune results figure4 ablations beyond relearning hardening growth versions lock
+.PHONY: demo test check torture bench clean tune results figure4 ablations beyond relearning hardening floor red-team growth versions lock
 
 demo: .venv/installed
 	$(BIN)/duo run toybox-fire --out runs/demo --resume
@@ -71,6 +73,19 @@ relearning: TABLES = $(BIN)/python benchmarks/relearning.py $(RESULTS)
 beyond: TABLES = $(BIN)/duo bench toybox-figure4 --only redirect/0.001,duo/0.001,duo-penalty/0.00051 --out runs/figure4 \
   --results $(SCORED) --engine ray && $(BIN)/python benchmarks/beyond.py $(RESULTS) --scored $(SCORED)
 beyond: SCORED ?= docs/results/figure4
+
+# Erasures of three seeds; what is there is not made again.
+floor: .venv/installed-test
+	for seed in 0 1 2; do for verb in pairs erase; do \
+	  $(BIN)/duo $$verb toybox-fire --set erase_seed=$$seed --out runs/floor/seed-$$seed || exit; done; done
+	$(BIN)/python benchmarks/floor.py $(foreach seed,0 1 2,--erased "redirect, seed $(seed)=runs/floor/seed-$(seed)/erase/delta.safetensors")
+
+red-team: .venv/installed-test
+	$(BIN)/python benchmarks/methods.py compare --out runs/methods
+	$(BIN)/python benchmarks/red_team.py --out runs/methods
+	for recipe in toybox-fire toybox-fire-published; do for verb in pairs erase; do \
+	  $(BIN)/duo $$verb $$recipe --out runs/red-team/$$recipe || exit; done; done
+	$(BIN)/python benchmarks/red_team.py --run redirect=runs/red-team/toybox-fire --run published=runs/red-team/toybox-fire-published
 
 hardening: .venv/installed
 	$(BIN)/python benchmarks/hardening.py --out runs/hardening

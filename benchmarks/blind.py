@@ -1,15 +1,16 @@
 """Are an erasure's pictures spoiled, by eye? Looked at blind, among those of other models.
 
     python benchmarks/blind.py draw --out runs/blind --erased redirect=A.safetensors --erased duo=B.safetensors
-    python benchmarks/blind.py compare --out runs/blind --labels one.csv two.csv --docs docs/results --name blind-second
+    python benchmarks/blind.py compare --out runs/blind --labels one.csv two.csv --name blind-second
 
 `draw` renders scored prompts that ask for fire with the erasures of each name (several deltas take turns) and, of the
 same prompts and noise, with the model that never saw fire, and with the original asked for the same scenes without
 fire. It shuffles all, and writes numbered sheets that show the scene that each is to be, for what an image lacks can
 only be told beside what was asked; whether fire was asked for too they do not tell. Each rater writes a CSV with the
 columns `number,label`; the labels are absent (a sound picture without fire), present and corrupted. `compare` adds the
-key and both judges' verdicts, writes all columns to NAME.csv, and to NAME.json what each rater and judge found of each
-model, and how far they agree.
+key and both judges' verdicts, and writes into `--docs` all columns (results/NAME.csv), what each rater and judge found
+of each model and how far they agree (results/NAME.json), and the pictures in which most raters see something wrong,
+beside those of the other models (images/NAME.png).
 
 The first look (`blind.csv`) was at the erasures of two methods beside the model that never saw fire, and its sheets
 showed the prompts.
@@ -29,7 +30,7 @@ import floor
 import numpy as np
 import torch
 from agreement import ROLES, read_labels, sheets
-from PIL import Image
+from PIL import Image, ImageDraw
 from results import machine
 
 from duo.judges.toybox import Toybox
@@ -38,6 +39,7 @@ from duo.statistics import wilson
 
 EACH = 72  # images of each name
 FIRST_SEED = 320_000  # of the second look; the first had 290,000
+ACROSS = 4  # scenes in a row of the picture
 NEVER, ORIGINAL = "never", "original"
 
 
@@ -62,7 +64,7 @@ def draw(erased: Mapping[str, Sequence[Path]], out: Path, *, first_seed: int) ->
 
 
 def compare(out: Path, labels: Sequence[Path], docs: Path, *, name: str) -> dict[str, Any]:
-    """Write `name`.csv and `name`.json, and return what the latter has."""
+    """Write `name`.csv, `name`.json and `name`.png, and return what the JSON has."""
     key = read_json(out / "key.json")
     numbers = sorted(key, key=int)
     images = []
@@ -75,14 +77,48 @@ def compare(out: Path, labels: Sequence[Path], docs: Path, *, name: str) -> dict
         if odd := sorted(key.keys() ^ given.keys(), key=int):
             raise SystemExit(f"{path}: number {odd[0]} is {'not labelled' if odd[0] in key else 'no picture of --out'}")
         said[f"eye_{rater}"] = [given[number] for number in numbers]
-    with (docs / f"{name}.csv").open("w", newline="") as file:
-        table = csv.DictWriter(file, ("number", *key[numbers[0]], *said), lineterminator="\n")
+    rows = [
+        {"number": number, **key[number], **{who: found[i] for who, found in said.items()}}
+        for i, number in enumerate(numbers)
+    ]
+    with (docs / "results" / f"{name}.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[0], lineterminator="\n")
         table.writeheader()
-        for i, number in enumerate(numbers):
-            table.writerow({"number": number, **key[number], **{name: found[i] for name, found in said.items()}})
+        table.writerows(rows)
     told = summary([key[number]["model"] for number in numbers], said)
-    write_json(docs / f"{name}.json", {**machine(), **told})
+    write_json(docs / "results" / f"{name}.json", {**machine(), **told})
+    write_image(docs / "images" / f"{name}.png", side_by_side(rows, dict(zip(numbers, images, strict=True))))
     return told
+
+
+def wrong(row: Mapping[str, Any]) -> bool:
+    """Whether most raters see fire in a picture, or call it spoiled."""
+    labels = [label for who, label in row.items() if who.startswith("eye_")]
+    return 2 * sum(label != "absent" for label in labels) > len(labels)
+
+
+def side_by_side(rows: Sequence[Mapping[str, Any]], images: Mapping[str, Image.Image]) -> Image.Image:
+    """Of the same prompt and noise the pictures of all models in turn, wherever one of them is `wrong`: that is framed.
+
+    The order of models is that of their names; the scene stands above.
+    """
+    scenes: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        scenes.setdefault(row["seed"], {})[row["model"]] = row
+    shown = [scene for scene in scenes.values() if any(map(wrong, scene.values()))]
+    models, side, head, gap = len(rows) // len(scenes), 96, 14, 12
+    width, height = models * side + gap, side + head
+    sheet = Image.new("RGB", (ACROSS * width - gap, -(-len(shown) // ACROSS) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, scene in enumerate(shown):
+        x, y = i % ACROSS * width, i // ACROSS * height
+        pen.text((x, y), next(iter(scene.values()))["prompt"], fill="black")
+        for place, (_, row) in enumerate(sorted(scene.items())):
+            corner = (x + place * side, y + head)
+            sheet.paste(images[row["number"]].resize((side, side), Image.Resampling.NEAREST), corner)
+            if wrong(row):
+                pen.rectangle((*corner, corner[0] + side - 1, corner[1] + side - 1), outline="red", width=2)
+    return sheet
 
 
 def summary(models: Sequence[str], said: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -116,7 +152,7 @@ def main() -> None:
     parser.add_argument("--erased", action="append", default=[], metavar="NAME=DELTA")
     parser.add_argument("--out", type=Path, default=Path("runs/blind"))
     parser.add_argument("--labels", type=Path, nargs="+", default=[])
-    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--name", default="blind-second", help="of the files in --docs (default: %(default)s)")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="of the noise (default: %(default)s)")
     given = parser.parse_args()

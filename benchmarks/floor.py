@@ -88,7 +88,8 @@ def table(models: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
     yield "| | fire | spoiled, by the judge | only here / only on the original | spoiled, by the curator | by both |"
     yield "|---|---|---|---|---|---|"
     floor = models[ORIGINAL]["score"]
-    for model, letters in models.items():
+    for model in (ORIGINAL, NEVER, *sorted(models.keys() - {ORIGINAL, NEVER})):
+        letters = models[model]
         score, curate = letters["score"], letters["curate"]
         pairs = list(zip(score, floor, strict=True))
         own = sum(here == CORRUPTED != there for here, there in pairs)

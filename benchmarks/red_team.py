@@ -3,9 +3,12 @@
     python benchmarks/methods.py compare --out runs/methods                     # the erasures (docs/methods/README.md)
     python benchmarks/red_team.py --out runs/methods --budget quick             # each of them against every attack
 
-It is `duo attack RUN --attack all --budget quick --report` for each `compare-<method>` of the folder. What does not
-depend on the erasure (the original model's rows, those of the model that never saw fire, the images that attacks learn
-from) is made once, by the first, and taken over by the others. What is finished is read back.
+    python benchmarks/red_team.py --run redirect=runs/demo --run published=runs/published   # erasures of other runs
+
+It is `duo attack RUN --attack all --budget quick --report` for each `compare-<method>` of the folder, or for each
+`--run`, whose column joins those that the JSON has. What does not depend on the erasure (the original model's rows,
+those of the model that never saw fire, the images that attacks learn from) is made once, by the first, and taken over
+by the others. What is finished is read back. Writes the JSON and the table of docs/red-team.md.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import put
 from results import machine, take
 
 from duo import Session
@@ -44,10 +48,14 @@ KEPT = (
 )
 
 
-def audited(out: Path, method: str, budget: str, first: Path | None) -> dict[str, Any]:
-    """The scores of one method's erasure against the whole red team."""
+BASELINES = ("plain_", "random_")  # how rows that are no attacks begin
+# What the columns are called in print: "DUO" is the published objective, as everywhere.
+PRINTED = {"duo": "DUO penalty", "published": "DUO"}
+
+
+def audited(run: Path, budget: str, first: Path | None) -> dict[str, Any]:
+    """The scores of one run's erasure against the whole red team."""
     torch.set_num_threads(1)
-    run = out / f"compare-{method}"
     folder = run / "red-team" / budget
     if first is not None:
         for pattern in SHARED:
@@ -77,10 +85,17 @@ def worst(row: dict[str, Any]) -> float:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Attacks by methods: the rate of each attack's best setting; in brackets where the control is not reached."""
+    """Attacks by methods: the rate of each attack's best setting; in brackets where the control is not reached. Below
+    an empty line are the baselines."""
     first = next(iter(found.values()))
-    lines = [f"| attack | original | never saw it | {' | '.join(found)} |", "|---" * (3 + len(found)) + "|"]
-    for name, models in first.items():
+    heads = " | ".join(PRINTED.get(name, name) for name in found)
+    lines = [f"| attack | original | never saw it | {heads} |", "|---" * (3 + len(found)) + "|"]
+    attacks = [name for name in first if not name.startswith(BASELINES)]
+    for name in [*attacks, None, *(name for name in first if name not in attacks)]:
+        if name is None:
+            lines.append("| " * (3 + len(found)) + "|")
+            continue
+        models = first[name]
         cells = [f"{worst(models['original']):.0%}", f"{worst(models['never']):.0%}"]
         for rows in found.values():
             if name not in rows:  # not defined for this erasure
@@ -95,21 +110,37 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--docs", type=Path, default=Path("docs/results"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
     parser.add_argument("--budget", default="quick")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--only", nargs="*", default=[], help="some of the methods")
+    parser.add_argument("--run", action="append", default=[], metavar="NAME=RUN", help="in place of --out's methods")
     given = parser.parse_args()
-    first, *others = given.only or METHODS
-    results = {first: audited(given.out, first, given.budget, None)}
-    shared = given.out / f"compare-{first}" / "red-team" / given.budget
+    named = dict(text.split("=", 1) if "=" in text else ("", text) for text in given.run)
+    runs = {name: Path(run) for name, run in named.items()}
+    if wrong := [str(run) for name, run in runs.items() if not name or not (run / "run.json").is_file()]:
+        parser.error(f"--run {wrong[0]}: expected NAME=RUN, the folder of a run")
+    runs = runs or {name: given.out / f"compare-{name}" for name in given.only or METHODS}
+    first, *others = runs
+    results = {first: audited(runs[first], given.budget, None)}
+    shared = runs[first] / "red-team" / given.budget
     with ProcessPoolExecutor(given.workers, max_tasks_per_child=1) as pool:
-        made = {name: pool.submit(audited, given.out, name, given.budget, shared) for name in others}
+        made = {name: pool.submit(audited, runs[name], given.budget, shared) for name in others}
         results |= {name: future.result() for name, future in made.items()}
     found = {name: compact(scores) for name, scores in results.items()}
+    path = given.docs / "results" / f"red-team-{given.budget}.json"
     command = f"python benchmarks/red_team.py --budget {given.budget}"
-    write_json(given.docs / f"red-team-{given.budget}.json", {"methods": found, **machine(), "command": command})
-    print(table(found))
+    told: dict[str, Any] = {"methods": found, **machine(), "command": command}
+    if given.run:
+        command += "".join(f" --run {name}=RUN" for name in runs)
+        told = read_json(path)
+        told["methods"] |= found
+        told["added"] = told.get("added", {}) | {name: {**machine(), "command": command} for name in runs}
+    write_json(path, told)
+    page = given.docs / "red-team.md"
+    if given.budget == "quick":
+        put(page, table(told["methods"]), by="red-team")
+    print(table(told["methods"]))
 
 
 if __name__ == "__main__":

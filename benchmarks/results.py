@@ -1,6 +1,7 @@
 """Make the published numbers of erasures of the embedded model again: the longer part of `make results`.
 
     python benchmarks/results.py --out runs/results --docs docs/results
+    python benchmarks/results.py --only picture     # the README's, of the demo in runs/demo
 
 `acceptance` runs `--recipe` for three erasure seeds (pairs and training; the scored prompts and noise stay the
 same, so the original model's images are made once) and reports the worst. `sweep` runs the published objective and the
@@ -119,7 +120,6 @@ def acceptance(name: str, out: Path, docs: Path, workers: int) -> None:
     }
     write_json(docs / f"{name}.json", summary)
     shutil.copyfile(out / f"seed-{SEEDS[worst]}" / "report.json", docs / f"{name}-report.json")
-    picture(out / f"seed-{SEEDS[worst]}", docs.parent / "images" / "before-after.png")
     sys.stdout.write(json.dumps({"worst seed": SEEDS[worst], **rates(reports[worst])}, indent=1) + "\n")
 
 
@@ -201,12 +201,15 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs/results"))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--recipe", default="toybox-fire-full", help="of the acceptance; default: %(default)s")
-    parser.add_argument("--only", choices=("acceptance", "sweep"))
+    parser.add_argument("--only", choices=("acceptance", "sweep", "picture"))
+    parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="the run of the picture")
     given = parser.parse_args()
     given.docs.mkdir(parents=True, exist_ok=True)
-    if given.only != "sweep":
+    if given.only == "picture":
+        picture(given.demo, given.docs.parent / "images" / "before-after.png")
+    if given.only in (None, "acceptance"):
         acceptance(given.recipe, given.out / given.recipe, given.docs, given.workers)
-    if given.only != "acceptance":
+    if given.only in (None, "sweep"):
         sweep(given.out, given.docs, given.workers)
 
 

@@ -86,7 +86,7 @@ def test_help_tells_what_the_flags_replace(
         (["run", "no-such", "--out", "x"], "no recipe is called 'no-such'"),
         (["run", "RECIPE"], "the following arguments are required: --out"),
         (["run"], "the following arguments are required: --out"),
-        (["run", "--out", "OUT", "--set", "method.bta=3"], "recipe toybox-fire: method has no field 'bta'"),
+        (["run", "--out", "OUT", "--set", "pears.n=3"], "recipe toybox-fire has no field 'pears'"),
         (["erase", "--out", "OUT"], "the following arguments are required: RECIPE"),
         (["run", "RECIPE", "--out", "OUT", "--sed", "3"], "unrecognized arguments: --sed 3"),
         (["run", "RECIPE", "--out", "OUT", "--seed", "x"], "argument --seed: invalid int value: 'x'"),

@@ -122,19 +122,33 @@ def test_the_tables_of_the_objectives_are_what_their_cells_say() -> None:
     assert relearning.table(read_results(RESULTS / "relearning")) in page
 
 
-def test_what_was_seen_blind_is_what_the_labels_say() -> None:
+@pytest.mark.parametrize(("name", "models"), [("blind", {"duo"}), ("blind-second", {"original"})])
+def test_what_was_seen_blind_is_what_the_labels_say(name: str, models: set[str]) -> None:
     import csv
 
     import blind
 
-    with (RESULTS / "blind.csv").open(newline="") as file:
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    who = [name for name in rows[0] if name in blind.ROLES or name.startswith("eye_")]
-    told = blind.summary([row["model"] for row in rows], {name: [row[name] for row in rows] for name in who})
-    assert {name: read("blind.json")[name] for name in told} == told
+    who = [one for one in rows[0] if one in blind.ROLES or one.startswith("eye_")]
+    told = blind.summary([row["model"] for row in rows], {one: [row[one] for row in rows] for one in who})
+    assert {one: read(f"{name}.json")[one] for one in told} == told
     assert len(rows) == 3 * blind.EACH
     asked = {model: {(row["prompt"], row["seed"]) for row in rows if row["model"] == model} for model in told["models"]}
-    assert asked["never"] == asked["redirect"] == asked["duo"], "the same prompts and noise"
+    assert asked.keys() == {"never", "redirect"} | models
+    assert all(one == asked["never"] for one in asked.values()), "the same prompts and noise"
+
+
+def test_the_floor_is_what_its_letters_say() -> None:
+    import floor
+
+    found = read("floor.json")
+    assert all(len(letters) == found["n"] for both in found["models"].values() for letters in both.values())
+    assert "\n".join(floor.table(found["models"])) in (ROOT / "docs/beyond.md").read_text()
+    assert floor.without("a blazing red car in the city") == "a red car in the city"
+    prompts = [prompt for _, prompt in floor.asked(found["n"])]
+    assert not any(word in floor.without(prompt) for prompt in prompts for word in ("burn", "fire", "flame", "blaz"))
+    assert all(floor.asked_for(floor.without(prompt)) == floor.asked_for(prompt) for prompt in prompts)
 
 
 @pytest.mark.parametrize(
@@ -162,9 +176,11 @@ def test_labels_of_a_rater_that_do_not_fit_the_pictures_are_told(tmp_path: Path,
     (tmp_path / "key.json").write_text(json.dumps({"0": row, "1": row}))
     labels = tmp_path / "labels.csv"
     labels.write_text(text)
+    for folder in ("results", "images"):
+        (tmp_path / folder).mkdir(exist_ok=True)
     with pytest.raises(SystemExit, match=re.escape(f"{labels}: {told}")):
         blind.compare(tmp_path, [labels], tmp_path, name="blind")
-    assert not (tmp_path / "blind.csv").exists()
+    assert not (tmp_path / "results" / "blind.csv").exists()
 
 
 def test_labels_as_a_spreadsheet_writes_them_are_read(tmp_path: Path) -> None:

@@ -122,6 +122,8 @@ def test_another_method_takes_nothing_over_from_the_recipe_that_is_extended(path
 
 
 def test_an_unknown_recipe_is_named() -> None:
+    with pytest.raises(UserError, match=r"runs/none is neither a recipe, .* nor a folder"):
+        load_recipe("runs/none")
     with pytest.raises(UserError, match="no recipe is called 'no-such-recipe'"):
         load_recipe("no-such-recipe")
 

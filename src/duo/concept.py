@@ -218,7 +218,11 @@ class Concept:
         known = self.sets(validation=validation).prompts
         if name not in known:
             split = "validation prompts" if validation else "prompts"
-            raise UserError(f"the {split} of concept {self.name!r} have no set {name!r}{did_you_mean(name, known)}")
+            table = f"[{'validation.' if validation else ''}prompts]"
+            raise UserError(
+                f"the {split} of concept {self.name!r} have no set {name!r}{did_you_mean(name, known)}; add it to "
+                f"{table} of the concept's file, or name another where it is asked for"
+            )
         return known[name]
 
 

@@ -65,10 +65,12 @@ def parser_for(arguments: Sequence[str]) -> argparse.ArgumentParser:
     _search_flags(one.add_argument_group("a search for the strength, on validation prompts (docs/strength.md)"))
     method = verbs.method_of(arguments)
     if method is not None:
-        group = one.add_argument_group(f"fields of the method {method!r}, in place of the recipe's")
+        leaf = plugins.load("methods", method)
+        told = f"what each does: python -m pydoc {leaf.__module__}"
+        group = one.add_argument_group(f"fields of the method {method!r}, in place of the recipe's", told)
         own = shown.method if shown else None
         settings = own.settings if own and own.name == method else {}
-        add_flags(group, plugins.load("methods", method), settings)
+        add_flags(group, leaf, settings)
 
     told = "attack the original model and the erased one: a recipe's, a finished run's, or one erased elsewhere"
     one = verb("attack", verbs.attack, told)

@@ -404,6 +404,8 @@ def _path(name: str | Path, folder: Path = Path()) -> Path:
             f"{str(name)!r} is a folder, and no recipe; a run is gone on with by the recipe that it was begun with: "
             f"`duo run RECIPE --out {name} --resume`"
         )
+    if str(name) not in recipe_names() and len(Path(name).parts) > 1:
+        raise UserError(f"{name} is neither a recipe, which is a name of `duo list recipes` or a .toml, nor a folder")
     if str(name) not in recipe_names():
         raise UserError(f"no recipe is called {str(name)!r}{did_you_mean(str(name), recipe_names())}")
     return FOLDER / f"{name}.toml"

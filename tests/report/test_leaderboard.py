@@ -144,6 +144,18 @@ def test_the_same_erasure_twice_is_refused(results: Any, template: dict[str, Any
     assert len(read_results([first, tmp_path / "results"])) == 1, "one file named twice is one"
 
 
+def test_other_records_in_a_folder_are_no_results(results: Any, tmp_path: Path) -> None:
+    first = results("a")
+    for name, text in (("manifest.json", '{"schema": 1, "config": {}}'), ("cell.json", '{"labels": "pac"}')):
+        (first.parent / name).write_text(text)
+    assert [one.path for one in read_results([tmp_path / "results"])] == [first.resolve()]
+    with pytest.raises(UserError, match=r"cell\.json"):
+        read_results([first.parent / "cell.json"])  # which was named
+    (first.parent / "torn.json").write_text('{"schema": 1,')
+    with pytest.raises(UserError, match=r"torn\.json"):
+        read_results([tmp_path / "results"])
+
+
 def test_nothing_to_rank_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no result; write one"):
         read_results([tmp_path])
@@ -160,7 +172,7 @@ def test_a_file_that_is_no_result_is_told_with_what_to_do(tmp_path: Path, text: 
     (tmp_path / "notes.json").write_text(text)
     todo = "write the result again with `duo report RUN --result`, or leave this file out"
     with pytest.raises(UserError, match=f"notes.json.*{fault}.*; {re.escape(todo)}$"):
-        read_results([tmp_path])
+        read_results([tmp_path / "notes.json"])
 
 
 class Tags(HTMLParser):

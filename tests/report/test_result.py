@@ -15,6 +15,8 @@ import synthetic
 from duo import report as report_package
 from duo.cli import main
 from duo.errors import UserError
+from duo.fields import read_toml
+from duo.report import result
 from duo.report.result import Result, write_result
 from duo.report.wording import BY_WEIGHTS
 
@@ -114,6 +116,18 @@ def test_a_method_without_a_paper_and_names_that_are_no_names_of_files(tmp_path:
     assert path.resolve().is_relative_to((tmp_path / "results" / "toybox-fire" / "toybox").resolve())
     assert (data["name"], data["link"]) == ("../../evil method", None)
     assert data["prompts_rate"]["spoiled"] is None, "its judge tells none"
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "name"),
+    [
+        ("duo", {"beta": 20.0, "positive_penalty": 0.0}, "DUO"),
+        ("duo", {"positive_penalty": 10.0}, "DUO penalty"),
+        ("redirect", {"positive_penalty": 10.0}, "redirect"),
+    ],
+)
+def test_another_objective_than_the_papers_has_another_name(method: str, settings: dict[str, Any], name: str) -> None:
+    assert result._name(method, read_toml(result.PAPERS).get(method, {}), settings) == name
 
 
 def test_a_stale_run_gives_no_result(run: Path, tmp_path: Path) -> None:

@@ -105,6 +105,14 @@ def test_too_few_images_for_the_claim(data: dict[str, Any], n: int, warns: bool)
         assert "up to 10% for SneakyPrompt (0 of 34; at this rate 35 would do)" in told["too_few"]
 
 
+def test_too_few_prompts_are_told_as_prompts(data: dict[str, Any]) -> None:
+    counted(data, "sneaky_prompt", 0, n=60)
+    whole = {"prompts": 20, "prompts_detected": 0, "k": 3, "prompt_rate": 0.0, "prompt_low": 0.0, "prompt_high": 0.161}
+    of(data, "sneaky_prompt", "erased").update(high=0.161, **whole)
+    told = "up to 16% for SneakyPrompt (0 of 60 images of 20 prompts; at this rate 35 prompts would do, one image each)"
+    assert told in found(data)["too_few"]
+
+
 def test_what_is_not_claimed_has_images_enough(data: dict[str, Any]) -> None:
     counted(data, "sneaky_prompt", 0, n=6)
     counted(data, "prompts", 60)

@@ -25,7 +25,7 @@ FIGURE = "figure4.svg"  # as a bench names it
 UNCENSORED = "report-uncensored.html"  # apart, so that the page that is passed on never has the originals
 
 
-def write_report(run: Path, *, uncensored: bool = False, tradeoff: Path | None = None) -> Path:
+def write_report(run: str | Path, *, uncensored: bool = False, tradeoff: Path | None = None) -> Path:
     """Write the three files of the report into the run folder `run` and return the path of the page.
 
     `uncensored` also writes, and returns, `report-uncensored.html`, which has the unsafe originals behind clicks.
@@ -35,6 +35,7 @@ def write_report(run: Path, *, uncensored: bool = False, tradeoff: Path | None =
     Raises:
         UserError: a record is missing or broken, or the figure is no plain SVG; nothing is written then.
     """
+    run = Path(run)
     if uncensored and (run / PURGED).exists():
         raise UserError(f"{run}: its unsafe images were removed by `duo purge`; leave out --uncensored")
     records = read_run(run)

@@ -20,6 +20,7 @@ from duo.report.markdown import plain
 from duo.report.records import Mean
 from duo.report.result import SHORT, Rate, Result
 from duo.report.wording import ALL_ATTRIBUTES, attack_words, concept_word, percent, percent_range
+from duo.rundir import read_json
 from duo.terminal import printable
 
 SCHEMA = 1  # of `as_json`
@@ -142,7 +143,7 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
             raise UserError(f"{path} is not there; write results with `duo report RUN --result`, or name their folder")
         if (path / "run.json").is_file():
             raise UserError(f"{path} is a run and no result; write one with `duo report {path} --result`")
-        found = sorted(path.rglob("*.json")) if path.is_dir() else [path]
+        found = sorted(filter(_may_be_result, path.rglob("*.json"))) if path.is_dir() else [path]
         files |= dict.fromkeys(one.resolve() for one in found)
     if not files:
         raise UserError(f"{', '.join(map(str, paths))}: there is no result; write one with `duo report RUN --result`")
@@ -153,6 +154,16 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
         if first is not one.path:
             raise UserError(f"{first} and {one.path} are the same erasure, measured alike; keep one of them")
     return results
+
+
+def _may_be_result(path: Path) -> bool:
+    """Whether a file in a folder is meant as a result, and no other record of a run or a bench, which has none of what
+    only results have. One that cannot be read counts, so that it is told."""
+    try:
+        table = read_json(path)
+    except UserError:
+        return True
+    return not isinstance(table, dict) or bool({"worst_case", "link", "footnote"} & table.keys())
 
 
 def rank(results: Iterable[Result], *, weights: bool = False) -> list[Group]:

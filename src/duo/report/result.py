@@ -68,7 +68,7 @@ def build_result(evidence: Evidence) -> dict[str, Any]:
     sections = read_object(evidence.folder / "score" / "scores.json")
     return {
         "schema": SCHEMA,
-        "name": paper.get("name", scores.method),
+        "name": _name(scores.method, paper, _method_config(config, made) or {}),
         "authors": paper.get("authors"),
         "venue": paper.get("venue"),
         "link": paper.get("link"),
@@ -97,6 +97,12 @@ def build_result(evidence: Evidence) -> dict[str, Any]:
         "duo": evidence.versions.get("duo-unlearning"),
         "versions": dict(evidence.versions),
     }
+
+
+def _name(method: str, paper: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The method as its paper calls it; "DUO penalty" where its settings are of another objective than that one's."""
+    parts = [part for field, part in paper.get("variants", {}).items() if config.get(field)]
+    return " ".join([paper.get("name", method), *parts])
 
 
 def _budget(evidence: Evidence) -> str:

@@ -87,10 +87,12 @@ def _plan(session: Session, work: Callable[[Session, Measured], Iterator[Work]])
         (one.name, *map(str, (one.images, one.denoiser, one.trained, one.vae, one.text)), _clock(seconds))
         for one, seconds in zip([*parts, _total(parts)], [*times, sum(times)], strict=True)
     ]
-    made = "an erasure made elsewhere" if session.recipe.method is None else session.recipe.method.name
+    made = f"the erasure {session.recipe.erased}" if session.recipe.method is None else session.recipe.method.name
     lines = [f"{made} on {session.recipe.model}, {session.device}; nothing is written"]
     lines += aligned([HEADING, *rows], least=NAME_WIDTH)
-    step = "not measured: no steps, or images to draw" if measured.step is None else f"{measured.step:.3g} s a step"
+    step = "reckoned from that (the method takes no steps, or first draws images of its own)"
+    if measured.step is not None:
+        step = f"{measured.step:.3g} s a step"
     lines += [
         "rows in one forward pass each; pairs at their least: every rejected image is one more",
         f"measured: denoiser {measured.row:.3g} s a row, the rest of an image {measured.image:.3g} s, training {step}",

@@ -62,6 +62,8 @@ def search_strength(session: Session, asked: StrengthSearch, *, command: Callabl
             the concept out of the original model.
     """
     search = _Search.of(session, asked)
+    if session.method is not None and session.method.takes_pairs:
+        session.dir.stage("pairs").require("pairs")
     before = search.chosen_before()
     if before is not None:
         return before
@@ -162,8 +164,6 @@ class _Search:
                     "out"
                 )
         search.trial(start)  # whose prompts must be there
-        if session.method.takes_pairs:
-            session.dir.stage("pairs").require("pairs")
         return search
 
     # --- the course of it -----------------------------------------------------------------------------
