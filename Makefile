@@ -78,7 +78,8 @@ beyond: SCORED ?= docs/results/figure4
 floor: .venv/installed-test
 	for seed in 0 1 2; do for verb in pairs erase; do \
 	  $(BIN)/duo $$verb toybox-fire --set erase_seed=$$seed --out runs/floor/seed-$$seed || exit; done; done
-	$(BIN)/python benchmarks/floor.py $(foreach seed,0 1 2,--erased "redirect, seed $(seed)=runs/floor/seed-$(seed)/erase/delta.safetensors")
+	for verb in pairs erase; do $(BIN)/duo $$verb toybox-fire-published --out runs/floor/duo || exit; done
+	$(BIN)/python benchmarks/floor.py --erased "DUO, seed 0=runs/floor/duo/erase/delta.safetensors" $(foreach seed,0 1 2,--erased "redirect, seed $(seed)=runs/floor/seed-$(seed)/erase/delta.safetensors")
 
 red-team: .venv/installed-test
 	$(BIN)/python benchmarks/methods.py compare --out runs/methods

@@ -8,7 +8,7 @@ does nothing else would leave. Both judges look. What they call spoiled of the o
 anyway, or what they see wrongly; only what an erasure has beyond that is its own.
 
 Writes `floor.json` into `--docs`, with a letter an image, and the table of docs/beyond.md. Models that are there
-already stay, where they are of the same prompts, noise and world.
+already stay, where they are of the same prompts, noise and world, and the same file of an erasure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from duo import Delta, load_concept, load_family, load_recipe
 from duo.judges.toybox import Toybox
 from duo.metrics.toybox_attributes import asked_for
 from duo.report.tradeoff.cells import CORRUPTED, LETTERS, PRESENT
-from duo.rundir import read_json, write_json
+from duo.rundir import digest, read_json, write_json
 from duo.statistics import wilson
 from duo.toybox.language import PLACE_WORDS, phrase
 
@@ -110,12 +110,17 @@ def main() -> None:
     of = {"n": N, "first_seed": FIRST_SEED, "sets": list(SETS)}
     kept = read_json(path) if path.exists() else {}
     same = {**of, "world_digest": where["world_digest"]}.items() <= kept.items()
+    before, files = (kept["models"], kept["erasures"]) if same else ({}, {})
     erased = {name: Path(file) for name, _, file in (text.partition("=") for text in given.erased)}
     for name, file in erased.items():
         if not file.is_file() or name in ("", ORIGINAL, NEVER):
             parser.error(f"--erased {name}={file}: expected NAME=DELTA, a name of your own and the file of an erasure")
-    models = looked(erased, kept["models"] if same else {})
-    write_json(path, {**where, **of, "models": models})
+    digests = {name: digest(file) for name, file in erased.items()}
+    before = {
+        name: letters for name, letters in before.items() if digests.get(name, files.get(name)) == files.get(name)
+    }
+    models = looked(erased, before)
+    write_json(path, {**where, **of, "erasures": {**files, **digests}, "models": models})
     put(given.docs / "beyond.md", "\n".join(table(models)), by="floor")
 
 
