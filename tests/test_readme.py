@@ -11,6 +11,7 @@ SMALL = (
     "method.max_train_steps=2",
     "method.train_batch_size=2",
     "method.unrelated_images=2",
+    "method.held_prompts=[]",
     "pairs.n=2",
     "attack_images=2",
     "score.unrelated=2",
