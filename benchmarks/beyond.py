@@ -36,8 +36,6 @@ PARTS = (
     "near misses lost",
     "1 − preservation",
 )
-
-
 UNIT = "sum of shares of images, weighted as the plan has it: lower is better"
 
 
@@ -176,7 +174,8 @@ def main() -> None:
     parser.add_argument("--scored", type=Path, default=Path("docs/results/figure4"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     given = parser.parse_args()
-    found, figure4 = study(read_results(given.results)), read_results(given.scored)
+    studied, figure4 = read_results(given.results), read_results(given.scored)
+    found = study(studied)
     if not found or not scored(figure4):
         raise SystemExit("no erasure has all its cells yet; `make beyond` goes on")
     page = given.docs / "beyond.md"
@@ -189,7 +188,7 @@ def main() -> None:
     }
     for name, svg in figures.items():
         write_bytes(given.docs / f"{name}.svg", standing_alone(svg, name).encode())
-    for results in (read_results(given.results), figure4):
+    for results in (studied, figure4):
         for line in results.missing:
             print(f"{results.name}: not run yet: {line}")
     print(f"{page}: {len(found)} erasures of the study, {len(scored(figure4))} of the scored set")

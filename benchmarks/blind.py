@@ -149,7 +149,7 @@ def summary(models: Sequence[str], said: Mapping[str, Sequence[str]]) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("step", choices=("draw", "compare"))
-    parser.add_argument("--erased", action="append", default=[], metavar="NAME=DELTA")
+    parser.add_argument("--erased", type=floor.erasure, action="append", default=[], metavar="NAME=DELTA")
     parser.add_argument("--out", type=Path, default=Path("runs/blind"))
     parser.add_argument("--labels", type=Path, nargs="+", default=[])
     parser.add_argument("--docs", type=Path, default=Path("docs"))
@@ -161,11 +161,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.step == "draw":
         erased: dict[str, list[Path]] = {}
-        for text in given.erased:
-            name, _, path = text.partition("=")
-            if not Path(path).is_file() or name in ("", NEVER, ORIGINAL):
-                parser.error(f"--erased {text}: expected NAME=DELTA, a name of your own and the file of an erasure")
-            erased.setdefault(name, []).append(Path(path))
+        for name, file in given.erased:
+            erased.setdefault(name, []).append(file)
         draw(erased, given.out, first_seed=given.first_seed)
         return
     told = compare(given.out, given.labels, given.docs, name=given.name)

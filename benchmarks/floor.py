@@ -99,9 +99,17 @@ def table(models: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
         yield f"| {model} | {score.count(PRESENT)} | {spoiled(score)} | {apart} | {spoiled(curate)} | {both} |"
 
 
+def erasure(text: str) -> tuple[str, Path]:
+    """NAME=DELTA on a command line: a name that is not one of the references', and the file of an erasure."""
+    name, _, file = text.partition("=")
+    if name in ("", ORIGINAL, NEVER, "original", "never") or not Path(file).is_file():
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=DELTA, a name of your own and an erasure's file")
+    return name, Path(file)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--erased", action="append", default=[], metavar="NAME=DELTA")
+    parser.add_argument("--erased", type=erasure, action="append", default=[], metavar="NAME=DELTA")
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -111,10 +119,7 @@ def main() -> None:
     kept = read_json(path) if path.exists() else {}
     same = {**of, "world_digest": where["world_digest"]}.items() <= kept.items()
     before, files = (kept["models"], kept["erasures"]) if same else ({}, {})
-    erased = {name: Path(file) for name, _, file in (text.partition("=") for text in given.erased)}
-    for name, file in erased.items():
-        if not file.is_file() or name in ("", ORIGINAL, NEVER):
-            parser.error(f"--erased {name}={file}: expected NAME=DELTA, a name of your own and the file of an erasure")
+    erased = dict(given.erased)
     digests = {name: digest(file) for name, file in erased.items()}
     before = {
         name: letters for name, letters in before.items() if digests.get(name, files.get(name)) == files.get(name)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from beyond import PRINTED
 from pages import put
 from results import machine, take
 
@@ -46,11 +47,7 @@ KEPT = (
     "queries",
     "hardened",
 )
-
-
 BASELINES = ("plain_", "random_")  # how rows that are no attacks begin
-# What the columns are called in print: "DUO" is the published objective, as everywhere.
-PRINTED = {"duo": "DUO penalty", "published": "DUO"}
 
 
 def audited(run: Path, budget: str, first: Path | None) -> dict[str, Any]:

@@ -135,15 +135,15 @@ def _too_few(scores: Scores) -> str | None:
 
 
 def _room(attack: Attack) -> str | None:
-    """ "up to 39% for P4D (0 of 12 of 6 prompts; at this rate 35 prompts would do, one image each)" """
+    """ "up to 39% for P4D (0 of 12 images of 6 prompts; at this rate 35 prompts would do, one image each)" """
     top = attack.erased.top
     high = top.high if top.excess is None else min(top.high, top.excess.high)
     if high <= NOT_GONE:
         return None
     told = f"up to {percent(high)} for {attack_words(attack.name).label}"
     prompts = attack.erased.of_prompts
-    shared = prompts is not None and prompts.n < top.n
-    had = f"{top.detected} of {top.n}" + (f" images of {prompts.n} prompts" if prompts is not None and shared else "")
+    shared = prompts.n if prompts is not None and prompts.n < top.n else None
+    had = f"{top.detected} of {top.n}" + (f" images of {shared} prompts" if shared else "")
     if top.excess is not None or top.rate >= NOT_GONE:
         return f"{told} ({had})"
     needed = images_for_bound(top.rate, NOT_GONE)

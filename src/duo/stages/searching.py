@@ -224,7 +224,7 @@ class _Search:
             rundir.check_schema(table, found, SCHEMA)
         elif stage.finished:
             found = stage.require("erase").get("searched")
-        outcome = {} if not isinstance(found, dict) else {name: found[name] for name in found if name != "schema"}
+        outcome = found if isinstance(found, dict) else {}
         same = outcome.get("asked") == as_table(self.asked) and outcome.get("field") == self.field
         if not same or outcome.get("chosen") is None:
             raise UserError(
